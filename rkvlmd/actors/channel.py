@@ -1,0 +1,110 @@
+"""The daemon's end of a child's socket: frames, with descriptors beside them."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+import trio
+
+from rkvlmd.wire import child as wire
+from rkvlmd.wire import frames
+
+_READ = 64 << 10
+
+
+class ChannelError(Exception):
+    """The child does not speak our frames."""
+
+
+class Channel:
+    """Owns the socket. One task receives; any task may send."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = trio.socket.from_stdlib_socket(sock)
+        self._sending = trio.Lock()
+        self._decoder = frames.FrameDecoder()
+        self._messages: deque[frames.Message] = deque()
+        self._fds: deque[int] = deque()
+
+    async def send(self, message: wire.ToChild, fds: Sequence[int] = ()) -> None:
+        """Send one frame; the descriptors stay ours.
+
+        A frame that was begun is finished: a cancelled sender must not leave
+        half a frame, and the child's main thread always reads.
+
+        Raises:
+          OSError: the child is gone.
+
+        """
+        built = wire.build(message)
+        built["fds"] = len(fds)
+        data = memoryview(frames.encode(built))
+        async with self._sending:
+            with trio.CancelScope(shield=True):
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                sent = await self._socket.sendmsg([data], ancillary if fds else [])
+                while sent < len(data):
+                    sent += await self._socket.send(data[sent:])
+
+    async def receive(self) -> tuple[wire.FromChild, list[int]] | None:
+        """Return the next message and its descriptors, which are now the caller's.
+
+        ``None`` at the end of the file.
+
+        Raises:
+          ChannelError: the bytes are no frames of ours.
+
+        """
+        while not self._messages:
+            try:
+                data, ancillary, flags, _ = await self._socket.recvmsg(
+                    _READ, socket.CMSG_SPACE(4 * frames.MAX_FDS), socket.MSG_CMSG_CLOEXEC
+                )
+            except ConnectionError:
+                return None
+            for level, kind, payload in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    received = array.array("i")
+                    received.frombytes(payload[: len(payload) - len(payload) % 4])
+                    self._fds.extend(received)
+            if flags & socket.MSG_CTRUNC:
+                raise ChannelError("descriptors were cut off")
+            if not data:
+                return None
+            try:
+                self._messages.extend(self._decoder.feed(data))
+            except frames.FrameError as exc:
+                raise ChannelError(str(exc)) from exc
+        return self._next()
+
+    def _next(self) -> tuple[wire.FromChild, list[int]]:
+        raw = self._messages.popleft()
+        count = raw.get("fds", 0)
+        if count > len(self._fds):
+            raise ChannelError(
+                f"{raw['type']}: {count} descriptors announced, {len(self._fds)} came"
+            )
+        try:
+            message = wire.parse_from_child(raw)
+        except msgspec.ValidationError as exc:
+            raise ChannelError(f"{raw['type']}: {exc}") from exc
+        return message, [self._fds.popleft() for _ in range(count)]
+
+    def close_sending(self) -> None:
+        """Tell the child to leave; what it still says can be read."""
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Close the socket and what came in and nobody took."""
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.popleft())

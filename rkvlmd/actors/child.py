@@ -1,0 +1,276 @@
+"""One child process and the socket to it, as the daemon sees it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from rkvlmd.actors.channel import Channel, ChannelError
+from rkvlmd.wire import child as wire
+
+if TYPE_CHECKING:
+    from rkvlmd.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+#: What is kept of a child's output for the error text, bytes.
+TAIL_BYTES = 8192
+
+
+class ChildDiedError(Exception):
+    """The child process ended, or was ended.
+
+    ``planned`` says that the daemon decided on it; such an end does not count
+    against the restart budget. ``last_words`` is the end of what it printed:
+    for logs and for the owner, never for a client.
+    """
+
+    def __init__(self, name: str, how: str, last_words: str, *, planned: bool) -> None:
+        super().__init__(f"{name} ended: {how}")
+        self.name = name
+        self.how = how
+        self.last_words = last_words
+        self.planned = planned
+
+
+class ChildWedgedError(Exception):
+    """The child missed a deadline and was killed for it."""
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(f"{name}: {what}")
+        self.what = what
+
+
+class Child:
+    """Owns one process; restarted by building another.
+
+    Started by ``nursery.start(child.run)``, which returns when the child has
+    said hello. ``run`` returns when the process is gone, whatever the reason:
+    ``death`` then says it. Cancelling ``run`` asks the child to leave, and
+    kills it after the grace period.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        settings: EngineSettings,
+        *,
+        arguments: Sequence[str] = (),
+        program: Sequence[str] = (sys.executable, "-m", "rkvlmd.engine"),
+    ) -> None:
+        self.name = name
+        self.role = role
+        self.pid = 0
+        self.hello: wire.Hello | None = None
+        self.death: ChildDiedError | None = None
+        self.dead = trio.Event()
+        self.due = math.inf
+        self.beat_at = math.inf
+        self._settings = settings
+        self._argv = [*program, role, "--name", name, *arguments]
+        self._channel: Channel | None = None
+        self._tail = bytearray()
+        self._output_ended = trio.Event()
+        self._pumping = trio.CancelScope()
+        self._killed_for: str | None = None
+        self._fault: str | None = None
+        self._ids = 0
+        self._inbox, self._outlet = trio.open_memory_channel[tuple[wire.FromChild, list[int]]](64)
+
+    @property
+    def alive(self) -> bool:
+        """Whether orders may be sent."""
+        return (
+            self.hello is not None
+            and self._killed_for is None
+            and self._fault is None
+            and not self.dead.is_set()
+        )
+
+    @property
+    def last_words(self) -> str:
+        """The end of what the child printed."""
+        return self._tail.decode(errors="replace").strip()
+
+    def next_id(self) -> int:
+        """Return a number for an order, never used before on this child."""
+        self._ids += 1
+        return self._ids
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the child until it is gone.
+
+        Raises:
+          ChildDiedError: it went before it said hello.
+
+        """
+        ours, theirs = socket.socketpair()
+        self._channel = channel = Channel(ours)
+        how = "stopped"
+        try:
+            async with trio.open_nursery() as nursery:
+                with theirs:
+                    process: trio.Process = await nursery.start(
+                        partial(
+                            trio.run_process,
+                            [*self._argv, "--fd", str(theirs.fileno())],
+                            pass_fds=[theirs.fileno()],
+                            stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT,
+                            process_group=0,  # a terminal's Ctrl-C is not for the child
+                            check=False,
+                            deliver_cancel=self._leave_or_die,
+                        )
+                    )
+                self.pid = process.pid
+                nursery.start_soon(self._keep_tail, process, name=f"{self.name} output")
+                with self._pumping:
+                    protocol = await self._pump(channel, task_status)
+                    if protocol is not None:
+                        self._fail(protocol)
+                with trio.move_on_after(self._settings.grace_seconds):
+                    await process.wait()
+                if process.returncode is None:
+                    self._fail("closed its socket and stayed")
+                    await process.wait()
+                how = self._killed_for or self._fault or _describe(process.returncode)
+                # Let the last words arrive; a grandchild that holds the pipe must not keep us.
+                with trio.move_on_after(1):
+                    await self._output_ended.wait()
+                nursery.cancel_scope.cancel(reason=f"{self.name} is gone")
+        finally:
+            channel.close()
+            self.due = self.beat_at = math.inf
+            planned = self._killed_for is not None or how == "stopped"
+            self.death = ChildDiedError(self.name, how, self.last_words, planned=planned)
+            self.dead.set()
+            self._inbox.close()
+            self._drop_inbox()
+        if self.hello is None:
+            raise self.death
+        log.log(
+            logging.INFO if planned else logging.ERROR, "%s (pid %d): %s", self.name, self.pid, how
+        )
+
+    def _drop_inbox(self) -> None:
+        while True:
+            try:
+                _, fds = self._outlet.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                return
+            for fd in fds:
+                os.close(fd)
+
+    async def _pump(self, channel: Channel, task_status: trio.TaskStatus[None]) -> str | None:
+        """Read until the end of the file; return what was wrong with the bytes, if anything."""
+        with trio.CancelScope(deadline=trio.current_time() + self._settings.hello_seconds) as start:
+            while True:
+                try:
+                    item = await channel.receive()
+                except ChannelError as exc:
+                    return f"spoke nonsense: {exc}"
+                if item is None:
+                    return None
+                message, _ = item
+                self.beat_at = trio.current_time()
+                if isinstance(message, wire.Beat):
+                    continue
+                if isinstance(message, wire.Hello):
+                    if message.protocol != wire.PROTOCOL:
+                        return f"speaks protocol {message.protocol}"
+                    start.deadline = math.inf
+                    self.hello = message
+                    task_status.started()
+                elif self.hello is None:
+                    return "did not say hello first"
+                else:
+                    await self._inbox.send(item)
+        return "did not say hello in time"
+
+    async def send(self, message: wire.ToChild, fds: Sequence[int] = ()) -> None:
+        """Send one order.
+
+        Raises:
+          ChildDiedError: the child is gone or about to go.
+
+        """
+        if not self.alive or self._channel is None:
+            raise await self.wait_death()
+        try:
+            await self._channel.send(message, fds)
+        except (OSError, trio.ClosedResourceError):
+            raise await self.wait_death() from None
+
+    async def receive(self) -> tuple[wire.FromChild, list[int]]:
+        """Return the next message that is no beat, and its descriptors.
+
+        Raises:
+          ChildDiedError: the child is gone.
+
+        """
+        try:
+            return await self._outlet.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            raise await self.wait_death() from None
+
+    async def wait_death(self) -> ChildDiedError:
+        """Wait until the process is reaped; return how it ended."""
+        await self.dead.wait()
+        assert self.death is not None
+        return self.death
+
+    def kill(self, why: str) -> None:
+        """End the process now; ``why`` is for the log. Sync; harmless when it is gone."""
+        if self.dead.is_set():
+            return
+        if self._killed_for is None:
+            self._killed_for = why
+            log.warning("%s (pid %d): killing it: %s", self.name, self.pid, why)
+        self._pumping.cancel(reason=why)
+        self._sigkill()
+
+    def _fail(self, fault: str) -> None:
+        """End a process that broke the protocol: its own fault, so no planned end."""
+        self._fault = fault
+        self._sigkill()
+
+    def _sigkill(self) -> None:
+        if self.pid:
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    async def _keep_tail(self, process: trio.Process) -> None:
+        assert process.stdout is not None
+        async for chunk in process.stdout:
+            self._tail += chunk
+            del self._tail[:-TAIL_BYTES]
+        self._output_ended.set()
+
+    async def _leave_or_die(self, process: trio.Process) -> None:
+        """``run_process`` runs this shielded, and cancels it once the child has gone."""
+        if self._channel is not None:
+            self._channel.close_sending()
+        await trio.sleep(self._settings.grace_seconds)
+        log.warning("%s (pid %d) did not leave in time; killing it", self.name, process.pid)
+        process.kill()
+
+
+def _describe(returncode: int | None) -> str:
+    assert returncode is not None
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"exit status {returncode}"

@@ -1,0 +1,60 @@
+"""Requests that killed a child: twice, and they are refused for a while."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import trio
+
+from rkvlmd.errors import RkvlmdError
+
+#: Most requests remembered; the oldest is forgotten first.
+MOST = 1024
+#: Deaths after which a request is refused.
+DEATHS = 2
+
+
+def content_key(turns: object, pictures: Iterable[str]) -> str:
+    """Return a SHA-256 (hex) over a conversation and its pictures (hashes or base64 text)."""
+    digest = hashlib.sha256(repr(turns).encode(errors="replace"))
+    for picture in pictures:
+        digest.update(b"\0")
+        digest.update(picture.encode(errors="replace"))
+    return digest.hexdigest()
+
+
+class CrashMemory:
+    """Counts deaths by content, so that one client cannot take a board down."""
+
+    def __init__(self, refuse_seconds: float) -> None:
+        self._refuse = refuse_seconds
+        self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._deaths)
+
+    def note(self, key: str) -> None:
+        """This content has killed a child."""
+        count, _ = self._deaths.pop(key, (0, 0.0))
+        self._deaths[key] = (count + 1, trio.current_time() + self._refuse)
+        while len(self._deaths) > MOST:
+            self._deaths.popitem(last=False)
+
+    def check(self, key: str) -> None:
+        """Refuse content that has killed twice.
+
+        Raises:
+          RkvlmdError: ``engine_crash``.
+
+        """
+        count, until = self._deaths.get(key, (0, 0.0))
+        if until < trio.current_time():
+            self._deaths.pop(key, None)
+        elif count >= DEATHS:
+            raise RkvlmdError(
+                "engine_crash",
+                "This request has crashed the engine before and is refused for a while.",
+                should_retry=False,
+            )

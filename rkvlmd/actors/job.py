@@ -1,0 +1,125 @@
+"""One request: who may end it, where its text goes, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from rkvlmd.messages import Ended, JobView, Timings, Usage
+
+if TYPE_CHECKING:
+    from rkvlmd.errors import RkvlmdError
+    from rkvlmd.messages import ChatRequest, EndReason, Phase
+
+
+class Outbox:
+    """One job's text on its way to one reader.
+
+    Merges what the reader has not taken yet, so the writer never waits for a
+    slow client. It holds at most what one job may generate.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._end: Ended | None = None
+        self._wake = trio.Event()
+
+    def put(self, text: str) -> None:
+        """Add text; never waits."""
+        if text:
+            self._parts.append(text)
+            self._wake.set()
+
+    def close(self, end: Ended) -> None:
+        """Say how the job ended. The first end stays."""
+        if self._end is None:
+            self._end = end
+        self._wake.set()
+
+    @property
+    def end(self) -> Ended | None:
+        """How the job ended, once it has."""
+        return self._end
+
+    async def take(self) -> tuple[str, Ended | None]:
+        """Wait for text or the end; return both, the end as ``None`` until it came.
+
+        The last text and the end come together.
+        """
+        await self._wake.wait()
+        text, self._parts = "".join(self._parts), []
+        if self._end is None:
+            self._wake = trio.Event()
+        return text, self._end
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One admitted request.
+
+    ``checked`` is set when every check of the input is done (pictures decoded,
+    prompt counted) or when the job has ended: from then on the front may
+    choose a status. ``model`` is the name that the request resolved to.
+    ``ignored`` names the parameters that had no effect. ``seconds`` holds the
+    time of each stage, by the names of ``messages.Timings``.
+    """
+
+    id: str
+    client: str
+    request: ChatRequest
+    deadline: float
+    submitted: float
+    model: str = ""
+    phase: Phase = "admitted"
+    outbox: Outbox = field(default_factory=Outbox)
+    checked: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    image_tokens: int = 0
+    completion_tokens: int = 0
+    ignored: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def abandon(self, why: EndReason) -> None:
+        """End the job from outside. Sync, so a cancelled task's ``finally`` may call it.
+
+        The reader sees the end at once; the engine is joined behind it.
+        """
+        if self.outbox.end is None:
+            self.finish(why)
+            self.scope.cancel(reason=why)
+
+    def finish(self, reason: EndReason, error: RkvlmdError | None = None) -> None:
+        """Say how the job ended. The first end stays."""
+        if self.outbox.end is not None:
+            return
+        self.seconds["total"] = trio.current_time() - self.submitted
+        usage = Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+            image_tokens=self.image_tokens,
+        )
+        self.outbox.close(Ended(reason, usage, Timings(**self.seconds), error))
+        self.checked.set()
+
+    def spent(self, stage: str, since: float) -> None:
+        """Add the time since ``since`` (the loop's clock) to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + trio.current_time() - since
+
+    def view(self) -> JobView:
+        """Return what ``rkvlmctl jobs`` shows; call it inside the loop."""
+        return JobView(
+            id=self.id,
+            client=self.client,
+            model=self.model,
+            phase=self.phase,
+            age=trio.current_time() - self.submitted,
+            pictures=len(self.request.pictures),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            stream=self.request.stream,
+        )

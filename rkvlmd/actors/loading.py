@@ -1,0 +1,277 @@
+"""How a model's children are brought up and taken down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+
+from rkvlmd.actors import engine, memory
+from rkvlmd.actors.child import Child, ChildDiedError, ChildWedgedError
+from rkvlmd.errors import RkvlmdError
+from rkvlmd.models import catalog
+from rkvlmd.models import manifest as manifests
+from rkvlmd.wire import child as wire
+
+if TYPE_CHECKING:
+    from rkvlmd.actors.records import Record
+    from rkvlmd.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: File in the state folder that remembers checked hashes.
+HASHES = "hashes.json"
+
+
+class LoadError(Exception):
+    """A load failed; the text has the child's last words, ``public`` is for clients."""
+
+    def __init__(self, text: str, public: RkvlmdError) -> None:
+        super().__init__(text)
+        self.public = public
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """One child of a model and what it said at ``ready``."""
+
+    name: str
+    role: str
+    index: int
+    size: int
+    child: Child | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    info: dict[str, Any] = field(default_factory=dict)
+    ready: bool = False
+    fraction: float = 0.0
+    starts: int = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes orders."""
+        return self.ready and self.child is not None and self.child.alive
+
+
+@dataclass(eq=False, slots=True)
+class Loaded:
+    """The children of one model."""
+
+    parts: list[Part]
+
+    @property
+    def alive(self) -> bool:
+        """Whether every child takes orders."""
+        return all(part.alive for part in self.parts)
+
+    @property
+    def children(self) -> list[Child]:
+        """Those that exist."""
+        return [part.child for part in self.parts if part.child is not None]
+
+    def child(self, role: str) -> Child:
+        """Return the (first) child of a role."""
+        part = next(p for p in self.parts if p.role == role)
+        assert part.child is not None
+        return part.child
+
+    def lines(self) -> Iterator[dict[str, object]]:
+        """For ``rkvlmctl status``."""
+        for part in self.parts:
+            if part.child is not None:
+                yield {
+                    "name": part.name,
+                    "pid": part.child.pid,
+                    "state": "ready" if part.alive else "starting",
+                    "restarts": max(0, part.starts - 1),
+                    "memory_bytes": memory.resident(part.child.pid),
+                    "info": part.info,
+                }
+
+
+Options = Callable[[str], dict[str, Any]]
+
+
+class Loader:
+    """Starts, loads and stops children; owned by residency, whose nursery they run in."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        state: Path,
+        *,
+        options: Options = lambda _role: {},
+        make_child: Callable[[str, str], Child] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._hashes = state / HASHES
+        self._options = options
+        self._make_child = make_child or (lambda n, r: Child(n, r, settings.engine))
+        self._remembered: dict[str, str] | None = None
+        self.nursery: trio.Nursery | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_death: Callable[[str, ChildDiedError], None] = lambda _n, _d: None
+
+    async def verify(self, record: Record) -> None:
+        """Check the files' hashes, once per (inode, size, time of change).
+
+        Raises:
+          LoadError: a file is missing or is not what the manifest says.
+
+        """
+        if self._remembered is None:
+            self._remembered = await trio.to_thread.run_sync(self._read_hashes)
+        cancelled = False
+        token = trio.lowlevel.current_trio_token()
+
+        def progress(fraction: float) -> None:
+            if cancelled:
+                raise InterruptedError
+            token.run_sync_soon(self._progress, record, fraction / 2)
+
+        try:
+            problems, remembered = await trio.to_thread.run_sync(
+                catalog.verify, record.entry, dict(self._remembered), progress,
+                abandon_on_cancel=True,
+            )  # fmt: skip
+        except trio.Cancelled:
+            cancelled = True
+            raise
+        if problems:
+            text = "; ".join(problems)
+            raise LoadError(text, RkvlmdError("invalid_model", "Its files are damaged."))
+        if remembered != self._remembered:
+            self._remembered = remembered
+            await trio.to_thread.run_sync(self._write_hashes, remembered)
+
+    def _read_hashes(self) -> dict[str, str]:
+        try:
+            return msgspec.json.decode(self._hashes.read_bytes(), type=dict[str, str])
+        except (OSError, msgspec.DecodeError):
+            return {}
+
+    def _write_hashes(self, remembered: dict[str, str]) -> None:
+        """Best effort: without it the next start hashes again."""
+        temporary = self._hashes.with_suffix(".new")
+        try:
+            temporary.write_bytes(msgspec.json.encode(remembered))
+            temporary.replace(self._hashes)
+        except OSError as exc:
+            log.warning("the checked hashes could not be kept: %s", exc.strerror)
+
+    async def bring_up(self, record: Record) -> None:
+        """Start what does not run; all parts at the same time.
+
+        Raises:
+          LoadError: a part failed; the others keep what they have.
+
+        """
+        if record.loaded is None:
+            record.loaded = Loaded(list(_parts(record)))
+        errors: list[LoadError] = []
+
+        async def one(part: Part) -> None:
+            try:
+                await self._start(record, part)
+            except LoadError as exc:
+                errors.append(exc)
+
+        async with trio.open_nursery() as nursery:
+            for part in record.loaded.parts:
+                if not part.alive:
+                    nursery.start_soon(one, part)
+        if errors:
+            raise errors[0]
+
+    async def _start(self, record: Record, part: Part) -> None:
+        assert self.nursery is not None
+        await self._stop(part)
+        part.child = child = self._make_child(part.name, part.role)
+        part.scope = trio.CancelScope()
+        part.fraction = 0.0
+        part.starts += 1
+        order = wire.Load(
+            folder=str(record.entry.folder),
+            manifest=manifests.to_builtins(record.entry.manifest),
+            part=part.index,
+            options={"threads": self._settings.engine.threads, **self._options(part.role)},
+        )
+
+        def progress(fraction: float, _doing: str) -> None:
+            part.fraction = max(0.0, min(1.0, fraction))
+            parts = record.loaded.parts if record.loaded is not None else [part]
+            self._progress(record, 0.5 + sum(p.fraction for p in parts) / len(parts) / 2)
+
+        try:
+            await self.nursery.start(self._keep, record.name, part, child, name=part.name)
+            ready = await engine.load(
+                child, order, self._settings.engine, size=part.size, progress=progress
+            )
+        except ChildDiedError as exc:
+            raise LoadError(
+                f"{exc.name} ended while it loaded: {exc.how}: {exc.last_words[-500:]}",
+                RkvlmdError("model_failed", "The engine ended while the model was loaded."),
+            ) from exc
+        except ChildWedgedError as exc:
+            raise LoadError(
+                f"{exc}: {child.last_words[-500:]}",
+                RkvlmdError("model_failed", "The load took too long."),
+            ) from exc
+        except RkvlmdError as exc:
+            raise LoadError(f"{part.name}: {exc.message}", exc) from exc
+        part.info = {**(child.hello.libraries if child.hello else {}), **ready.info}
+        part.ready = True
+        part.fraction = 1.0
+
+    async def _keep(
+        self,
+        model: str,
+        part: Part,
+        child: Child,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """One child's task: from start to reaped."""
+        with part.scope:
+            await child.run(task_status=task_status)
+        stopped = part.scope.cancel_called
+        was_ready, part.ready = part.ready, False
+        if was_ready and not stopped and child.death is not None:
+            self.on_death(model, child.death)
+
+    async def take_down(self, loaded: Loaded) -> None:
+        """Stop all children and wait until they are gone."""
+        async with trio.open_nursery() as nursery:
+            for part in loaded.parts:
+                nursery.start_soon(self._stop, part)
+
+    async def _stop(self, part: Part) -> None:
+        if part.child is not None:
+            part.scope.cancel(reason="the model is unloaded")
+            await part.child.dead.wait()
+            part.child = None
+            part.ready = False
+
+    def _progress(self, record: Record, fraction: float) -> None:
+        record.progress = max(record.progress, min(1.0, fraction))
+        self.on_change()
+
+
+def _parts(record: Record) -> Iterator[Part]:
+    manifest, folder = record.entry.manifest, record.entry.folder
+    for index, encoder in enumerate(manifest.encoders):
+        name = f"encoder:{record.name}" + (f".{index}" if index else "")
+        yield Part(name, "encoder", index, _size(folder / encoder.file))
+    size = sum(_size(folder / f.file) for f in manifest.decoder.files.values())
+    yield Part(f"decoder:{record.name}", "decoder", 0, size)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,244 @@
+"""The pool of prep children: decoding pictures, rendering prompts, counting tokens.
+
+The pool grows up to its size while orders wait, and shrinks when idle. An
+order whose child dies gets an error; the others never notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from rkvlmd.actors.blobs import Blob
+from rkvlmd.actors.child import Child, ChildDiedError
+from rkvlmd.actors.engine import close_fds
+from rkvlmd.errors import RkvlmdError
+from rkvlmd.wire import child as wire
+
+if TYPE_CHECKING:
+    from rkvlmd.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Done = wire.PictureDone | wire.RenderDone
+Build = Callable[[int], wire.ToChild]
+
+
+class PrepDiedError(RkvlmdError):
+    """The child died or was killed while it worked on this order."""
+
+
+@dataclass(eq=False, slots=True)
+class _Order:
+    """One order on its way; ``gone`` says that nobody waits for it any more."""
+
+    build: Build
+    blobs: Sequence[Blob]
+    seconds: float
+    finished: trio.Event = field(default_factory=trio.Event)
+    result: tuple[Done, list[Blob]] | None = None
+    error: RkvlmdError | None = None
+    begun: bool = False
+    gone: bool = False
+
+    def close(self) -> None:
+        """Give back what went in, and what came out for nobody."""
+        for blob in self.blobs:
+            blob.close()
+        if self.gone and self.result is not None:
+            for blob in self.result[1]:
+                blob.close()
+
+
+class Prep:
+    """Started once by the daemon; ``do`` may be called by any number of tasks."""
+
+    def __init__(
+        self, settings: Settings, make_child: Callable[[str], Child] | None = None
+    ) -> None:
+        self._settings = settings
+        self._make_child = make_child or self._default_child
+        self._orders: deque[_Order] = deque()
+        self._arrived = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._workers = 0
+        self._idle = 0
+        self._starting = 0
+        self._numbers = 0
+        self.children: dict[str, Child] = {}
+        self.deaths = 0
+        self.done = 0
+
+    def _default_child(self, name: str) -> Child:
+        memory = str(self._settings.prep.memory_bytes)
+        return Child(name, "prep", self._settings.engine, arguments=["--memory", memory])
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the pool until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    @property
+    def waiting(self) -> int:
+        """Orders that no child has taken yet."""
+        return len(self._orders)
+
+    async def do(
+        self, build: Build, blobs: Sequence[Blob], *, expect: type[Done]
+    ) -> tuple[Done, list[Blob]]:
+        """Have one order done; ``build`` makes the message from its number.
+
+        ``blobs`` go with the order and are closed by the pool. Returns the
+        answer and blobs that the caller owns. A cancelled caller does not stop
+        a child at work: it finishes within its deadline and its answer is
+        dropped.
+
+        Raises:
+          PrepDiedError: the child died on it.
+          RkvlmdError: what is wrong with the picture or the prompt.
+
+        """
+        order = _Order(build, blobs, self._settings.prep.job_seconds)
+        self._orders.append(order)
+        self._wake()
+        try:
+            await order.finished.wait()
+        except trio.Cancelled:
+            order.gone = True
+            if not order.begun:
+                self._orders.remove(order)
+                order.close()
+            elif order.finished.is_set():
+                order.close()
+            raise
+        if order.error is not None:
+            raise order.error
+        assert order.result is not None
+        message, results = order.result
+        if not isinstance(message, expect):
+            for blob in results:
+                blob.close()
+            raise RkvlmdError("server_error", "The picture or prompt could not be prepared.")
+        return message, results
+
+    def _wake(self) -> None:
+        free = self._idle + self._starting
+        if len(self._orders) > free and self._workers < self._settings.prep.children:
+            assert self._nursery is not None
+            self._numbers += 1
+            self._workers += 1
+            self._starting += 1
+            self._nursery.start_soon(self._worker, f"prep:{self._numbers}")
+        self._arrived.set()
+        self._arrived = trio.Event()
+
+    async def _worker(self, name: str) -> None:
+        """One child from start to end, one order at a time."""
+        try:
+            async with trio.open_nursery() as nursery:
+                child = self._make_child(name)
+                self.children[name] = child
+                try:
+                    try:
+                        await nursery.start(child.run, name=name)
+                    finally:
+                        self._starting -= 1
+                    await self._serve(child)
+                except ChildDiedError as exc:
+                    self._failed_start(exc)
+                nursery.cancel_scope.cancel(reason="prep child leaves")
+        finally:
+            self.children.pop(name, None)
+            self._workers -= 1
+            if self._orders and self._nursery is not None and self._workers == 0:
+                self._wake()
+
+    def _failed_start(self, death: ChildDiedError) -> None:
+        """A child that cannot even start: say it to the order that waits longest."""
+        log.error("%s: %s: %s", death.name, death.how, death.last_words[-500:])
+        self.deaths += 1
+        if self._orders:
+            order = self._orders.popleft()
+            order.begun = True
+            self._fail(order, "The picture or prompt could not be prepared.")
+            order.close()
+
+    async def _serve(self, child: Child) -> None:
+        while child.alive:
+            if not self._orders:
+                self._idle += 1
+                with trio.move_on_after(self._settings.prep.idle_seconds) as idle:
+                    while not self._orders and child.alive:
+                        await self._wait_order(child)
+                self._idle -= 1
+                if not self._orders:
+                    if idle.cancelled_caught or not child.alive:
+                        return
+                    continue
+            order = self._orders.popleft()
+            order.begun = True
+            try:
+                await self._one(child, order)
+            except trio.Cancelled:
+                child.kill("the daemon stops")
+                self._fail(order, "The server is stopping.")
+                raise
+            finally:
+                order.close()
+
+    async def _wait_order(self, child: Child) -> None:
+        """Return when an order may have come or the child has gone."""
+        async with trio.open_nursery() as nursery:
+
+            async def until(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel(reason="something came")
+
+            nursery.start_soon(until, self._arrived)
+            nursery.start_soon(until, child.dead)
+
+    async def _one(self, child: Child, order: _Order) -> None:
+        """Give one order to the child; whatever happens, the order ends."""
+        number = child.next_id()
+        try:
+            with trio.move_on_after(order.seconds) as limit:
+                child.due = limit.deadline
+                await child.send(order.build(number), [blob.fd for blob in order.blobs])
+                while True:
+                    message, fds = await child.receive()
+                    if getattr(message, "id", None) != number:
+                        close_fds(fds)
+                        continue
+                    if isinstance(message, wire.Failed):
+                        close_fds(fds)
+                        order.error = RkvlmdError(message.code, message.message)
+                    elif isinstance(message, Done):
+                        blobs = [Blob(fd) for fd in fds]
+                        order.result = (message, blobs)
+                    else:
+                        close_fds(fds)
+                        continue
+                    break
+            child.due = math.inf
+            if limit.cancelled_caught:
+                child.kill("an order took too long")
+                self.deaths += 1
+                self._fail(order, "The picture or prompt took too long to prepare.")
+            self.done += 1
+        except ChildDiedError as exc:
+            self.deaths += 1
+            log.error("%s died at work: %s: %s", exc.name, exc.how, exc.last_words[-500:])  # noqa: TRY400 - the traceback says nothing
+            self._fail(order, "The process that prepared the picture or prompt died.")
+        order.finished.set()
+
+    @staticmethod
+    def _fail(order: _Order, message: str) -> None:
+        order.error = PrepDiedError("engine_died", message)
+        order.finished.set()

@@ -1,0 +1,205 @@
+"""Admission, and one task per job.
+
+There is no queue object: each admitted job is a task that waits for the lease,
+whose order is the policy's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import trio
+
+from rkvlmd.actors import pipeline
+from rkvlmd.actors.child import ChildDiedError, ChildWedgedError
+from rkvlmd.actors.job import Job
+from rkvlmd.actors.slots import Gate, Slot
+from rkvlmd.errors import RkvlmdError
+
+if TYPE_CHECKING:
+    from rkvlmd.actors.pipeline import Tools
+    from rkvlmd.messages import ChatRequest, Ended, EndReason, JobView
+
+log = logging.getLogger(__name__)
+
+#: Phases in which a job has not begun to use the engine.
+_QUEUED = frozenset({"admitted", "fetching", "preparing", "waiting"})
+#: End reasons of errors that are more than "error".
+_REASONS: dict[str, EndReason] = {
+    "engine_died": "engine_died",
+    "engine_crash": "engine_died",
+    "model_unloaded": "model_unloaded",
+}
+
+
+class Scheduler:
+    """Started once by the daemon. Jobs end only through their own task."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._settings = tools.settings
+        self.gate = Gate(tools.settings.queue)
+        self._live: dict[str, Job] = {}
+        self._jobs: trio.Nursery | None = None
+        self._draining = False
+        self._empty = trio.Event()
+        self.ends: dict[str, int] = {}
+        tools.residency.on_unload = self._unloaded
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run jobs until cancelled."""
+        async with trio.open_nursery() as self._jobs:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def reserve(self, client: str, size: int) -> Slot:
+        """Admit a request of ``size`` bytes before its body is read; never waits.
+
+        Raises:
+          RkvlmdError: ``server_is_overloaded`` or ``shutting_down``.
+
+        """
+        if self._draining or self._jobs is None:
+            raise RkvlmdError("shutting_down", "The server is stopping.", retry_after=5)
+        return self.gate.enter(client, size)
+
+    def submit(self, slot: Slot, request: ChatRequest, *, request_id: str) -> Job:
+        """Start the job of an admitted request; the slot is the job's from now on.
+
+        Raises:
+          RkvlmdError: ``model_not_found`` and what else is known at once; the
+            slot is still the caller's then.
+
+        """
+        if self._draining or self._jobs is None:
+            raise RkvlmdError("shutting_down", "The server is stopping.", retry_after=5)
+        model = self._tools.residency.model(request.model).name
+        self._tools.residency.admit(model)
+        now = trio.current_time()
+        seconds = self._settings.queue.job_seconds
+        if request.timeout is not None:
+            seconds = min(seconds, request.timeout)
+        job_id = request_id
+        while job_id in self._live:  # a client may send one request id twice
+            job_id += "+"
+        job = Job(
+            id=job_id,
+            client=slot.client,
+            request=request,
+            deadline=now + seconds,
+            submitted=now,
+            model=model,
+            ignored=request.ignored,
+        )
+        slot.owned = True
+        self._live[job.id] = job
+        self._jobs.start_soon(self._run, job, slot, name=f"job:{job.id}")
+        return job
+
+    async def _run(self, job: Job, slot: Slot) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._deadline, job)
+                with job.scope:
+                    await self._work(job, slot)
+                nursery.cancel_scope.cancel(reason="the job has ended")
+        finally:
+            job.finish("shutdown")
+            job.phase = "done"
+            self._live.pop(job.id, None)
+            slot.close()
+            self._account(job)
+            if not self._live:
+                self._empty.set()
+
+    async def _work(self, job: Job, slot: Slot) -> None:
+        try:
+            job.finish(await pipeline.run(job, slot, self._tools))
+        except RkvlmdError as exc:
+            job.finish(_REASONS.get(exc.code, "error"), exc)
+        except ChildWedgedError as exc:
+            log.error("job %s: %s", job.id, exc)  # noqa: TRY400 - the traceback says nothing
+            error = RkvlmdError("engine_wedged", "The engine hung on this request and was ended.")
+            job.finish("engine_wedged", error)
+        except ChildDiedError as exc:
+            log.error("job %s: %s: %s", job.id, exc, exc.last_words[-500:])  # noqa: TRY400 - the traceback says nothing
+            error = RkvlmdError("engine_died", "The engine died while it worked on this request.")
+            job.finish("engine_died", error)
+        except Exception as exc:  # one job's bug is not the others' end
+            log.exception("job %s failed", job.id, exc_info=exc)
+            job.finish("error", RkvlmdError("server_error", "The server failed on this request."))
+
+    @staticmethod
+    async def _deadline(job: Job) -> None:
+        await trio.sleep_until(job.deadline)
+        job.abandon("deadline")
+
+    def _account(self, job: Job) -> None:
+        end = job.outbox.end
+        assert end is not None
+        self.ends[end.reason] = self.ends.get(end.reason, 0) + 1
+        used = sum(job.seconds.get(s, 0.0) for s in ("load", "encode", "generate"))
+        if used:
+            self.gate.served(used)
+        log.info("%s", _line(job, end))
+
+    # --- looking and ending ----------------------------------------------------------
+
+    def jobs(self) -> list[JobView]:
+        """Return the live jobs, oldest first."""
+        return [job.view() for job in self._live.values()]
+
+    def cancel(self, job_id: str) -> bool:
+        """End one job; whether there was one."""
+        job = self._live.get(job_id)
+        if job is None:
+            return False
+        job.abandon("cancelled")
+        return True
+
+    def _unloaded(self, model: str) -> None:
+        """The owner unloads a model: its queued jobs end, the one that runs goes on."""
+        for job in list(self._live.values()):
+            if job.model == model and job.phase in _QUEUED:
+                job.abandon("model_unloaded")
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new jobs, give those here some time, then end them; returns when all have."""
+        self._draining = True
+        with trio.move_on_after(seconds if math.isfinite(seconds) else 0):
+            await self.wait_empty()
+        for job in list(self._live.values()):
+            job.abandon("shutdown")
+        await self.wait_empty()
+
+    async def wait_empty(self) -> None:
+        """Return when no job is left, those included whose reader knows their end already."""
+        while self._live:
+            self._empty = trio.Event()
+            await self._empty.wait()
+
+    def statistics(self) -> dict[str, object]:
+        """For ``rkvlmctl status``."""
+        return {
+            "jobs": self.gate.jobs,
+            "bytes": self.gate.bytes,
+            "waiting": self._tools.lease.waiting,
+            "refused": self.gate.refused,
+            "ended": dict(self.ends),
+            "lease_busy_seconds": round(self._tools.lease.busy_seconds, 3),
+        }
+
+
+def _line(job: Job, end: Ended) -> str:
+    """One line per request: no text, no pictures."""
+    usage, t = end.usage, end.timings
+    return (
+        f"job {job.id} client={job.client} model={job.model} end={end.reason}"
+        f" code={end.error.code if end.error else '-'} pictures={len(job.request.pictures)}"
+        f" prompt={usage.prompt_tokens} cached={usage.cached_tokens}"
+        f" completion={usage.completion_tokens} queue={t.queue:.3f} prepare={t.prepare:.3f}"
+        f" encode={t.encode:.3f} prefill={t.prefill:.3f} first_token={t.first_token:.3f}"
+        f" total={t.total:.3f}"
+    )

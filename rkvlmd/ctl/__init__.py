@@ -1,0 +1,1 @@
+"""rkvlmctl: standard library only."""

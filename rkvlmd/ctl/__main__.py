@@ -1,0 +1,222 @@
+"""``rkvlmctl``: argv to calls of the daemon, and their outcome to an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rkvlmd import __version__
+from rkvlmd.ctl import render
+from rkvlmd.ctl.client import Client, CtlError, RefusedError
+from rkvlmd.wire.control import Progress
+
+_EPILOG = """\
+exit status:
+  0 done    1 failed    2 wrong usage    3 no daemon    4 refused (no rights)
+
+with --json, one JSON object on standard output:
+  status             {"version", "pid", "uptime", "models": [...], ...}
+  models             {"models": [{"name", "state", "progress", "detail", ...}]}
+  load, unload       {"model": {"name", "state", ...}}
+  jobs               {"jobs": [{"id", "client", "model", "phase", "age", ...}]}
+  cancel             {"cancelled": ID}
+  ask                the response of the OpenAI endpoint
+  any failure        {"error": {"code", "message", "param"}}
+keys may be added; none changes its meaning. states: absent, loading, ready,
+unloading, failed. ages are seconds, sizes are bytes.
+
+environment:
+  RKVLMD_API_KEY     the key that "ask" sends, where the server wants one
+  NO_COLOR           no colour
+"""
+#: Where to look in a model and a job, for people; scripts get everything.
+_MODELS = ("name", "state", "progress", "family", "context", "memory_bytes", "engines", "detail")
+_JOBS = ("id", "client", "model", "phase", "age", "pictures", "prompt_tokens", "completion_tokens")
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(
+        prog="rkvlmctl",
+        description="Look at and control a running rkvlmd.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"rkvlmctl {__version__}")
+    top.set_defaults(control=None, json=False)
+    # Before the command and after it; the default is set once, or the second would undo the first.
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for place in (top, shared):
+        place.add_argument(
+            "--control", type=Path, metavar="PATH", help="the daemon's control socket",
+            default=argparse.SUPPRESS,
+        )  # fmt: skip
+        place.add_argument(
+            "--json", action="store_true", help="print JSON for scripts", default=argparse.SUPPRESS
+        )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, what: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=what, description=what, parents=[shared])
+
+    command("status", "show the daemon, its models and its processes")
+    command("models", "list the installed models")
+    load = command("load", "load a model and wait until it is ready")
+    load.add_argument("name", metavar="NAME")
+    unload = command("unload", "unload a model and hold it until a load")
+    unload.add_argument("name", metavar="NAME")
+    command("jobs", "list the requests under way")
+    command("cancel", "end a request").add_argument("id", metavar="ID")
+    ask = command("ask", "ask a model, about pictures if you like")
+    ask.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", dest="images",
+        help="a picture, before the prompt; may be given more than once",
+    )  # fmt: skip
+    ask.add_argument("--model", metavar="NAME", help="default: the server's default model")
+    ask.add_argument("--max-tokens", type=_count, metavar="N", help="longest answer, in tokens")
+    ask.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+    ask.add_argument("prompt", metavar="PROMPT")
+    return top
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a number above 0")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit status (2 leaves through ``argparse``)."""
+    args = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
+    try:
+        with Client(args.control) as client:
+            status = _run(client, args)
+            sys.stdout.flush()
+            return status
+    except CtlError as error:
+        if args.json:
+            said = {"code": error.code, "message": error.message, "param": error.param}
+            _print_json({"error": said})
+        print(f"rkvlmctl: {render.plain(error.message)}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        if args.command in {"load", "unload"}:
+            print(f"rkvlmctl: stopped watching; the {args.command} goes on", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read us has seen enough. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _BROKEN_PIPE
+
+
+def _run(client: Client, args: argparse.Namespace) -> int:
+    if args.command == "ask":
+        return _ask(client, args)
+    if args.command in {"load", "unload"}:
+        result = _watched(client, args.command, args.name)
+    else:
+        result = client.call(args.command, {"id": args.id} if args.command == "cancel" else {})
+    if args.json:
+        _print_json(result)
+    else:
+        print(_for_people(args.command, result))
+    return 0
+
+
+def _watched(client: Client, command: str, name: str) -> dict[str, Any]:
+    line = render.ProgressLine(sys.stderr)
+
+    def step(now: Progress) -> None:
+        line.show(now.model, now.state, now.progress, now.detail)
+
+    try:
+        return client.call(command, {"model": name}, progress=step)
+    finally:
+        line.clear()
+
+
+def _for_people(command: str, result: dict[str, Any]) -> str:
+    colour = render.wants_colour(sys.stdout)
+    if command == "status":
+        return render.status(result, colour=colour)
+    if command == "models":
+        rows = [_model_row(model) for model in result.get("models", [])]
+        return render.table(rows, _MODELS, colour=colour) if rows else "no models are installed"
+    if command == "jobs":
+        rows = result.get("jobs", [])
+        return render.table(rows, _JOBS, colour=colour) if rows else "no requests are under way"
+    if command == "cancel":
+        return f"cancelled {render.cell('id', result.get('cancelled'))}"
+    model = result.get("model", {})
+    said = " ".join(render.cell(key, model.get(key)) for key in ("name", "state"))
+    memory = model.get("memory_bytes")
+    return f"{said}, {render.size(memory)}" if memory else said
+
+
+def _model_row(model: dict[str, Any]) -> dict[str, Any]:
+    share = model.get("progress", 0)
+    row = model | {"progress": f"{share:.0%}" if model.get("state") == "loading" else ""}
+    if model.get("default"):
+        row["name"] = f"{model.get('name')} (default)"
+    if model.get("held"):
+        row["detail"] = "held until load" + (f"; {model['detail']}" if model.get("detail") else "")
+    return row
+
+
+def _ask(client: Client, args: argparse.Namespace) -> int:
+    from rkvlmd.ctl import chat  # it imports http.client, which the other commands do not need
+
+    server = client.call("http")
+    if not server.get("address"):
+        raise CtlError("the HTTP endpoint does not listen", code="shutting_down")
+    key = os.environ.get("RKVLMD_API_KEY", "")
+    if server.get("keys") and not key:
+        message = "this server wants an API key: set RKVLMD_API_KEY"
+        raise RefusedError(message, code="invalid_api_key")
+    most = int(server.get("max_image_bytes", 20 << 20))
+    pictures = [chat.picture(file, most) for file in args.images]
+    body: dict[str, Any] = {"messages": [chat.user_turn(args.prompt, pictures)]}
+    if args.model is not None:
+        body["model"] = args.model
+    if args.max_tokens is not None:
+        body["max_tokens"] = args.max_tokens
+    patience = float(server.get("job_seconds", 300))
+    endpoint = chat.Chat(str(server.get("address", "")), key=key, patience=patience)
+    if args.json:
+        _print_json(endpoint.whole(body))
+    elif args.no_stream:
+        print(render.plain(chat.answer_of(endpoint.whole(body))))
+    else:
+        _print_stream(chat.text_of(chunk) for chunk in endpoint.stream(body))
+    return 0
+
+
+def _print_stream(texts: Iterable[str]) -> None:
+    started = False
+    try:
+        for text in texts:
+            started = started or bool(text)
+            print(render.plain(text), end="", flush=True)
+    finally:
+        if started:
+            print()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The supervision tree: started top to bottom, stopped in reverse."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from rkvlmd import settings as settings_module
+from rkvlmd.actors.crashes import CrashMemory
+from rkvlmd.actors.embeddings import EmbeddingCache
+from rkvlmd.actors.fetcher import Fetcher
+from rkvlmd.actors.house import House
+from rkvlmd.actors.lease import Lease
+from rkvlmd.actors.loading import Loader
+from rkvlmd.actors.notify import Notify
+from rkvlmd.actors.pipeline import Tools
+from rkvlmd.actors.prep import Prep
+from rkvlmd.actors.residency import Residency
+from rkvlmd.actors.scheduler import Scheduler
+from rkvlmd.errors import ManifestError
+from rkvlmd.front.control import serve_control
+from rkvlmd.front.http.serve import serve_http
+from rkvlmd.models import catalog, families
+from rkvlmd.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Spares:
+    """Parts that tests and benchmarks put in place of the real ones."""
+
+    make_loader: Callable[[Settings, Path], Loader] = Loader
+    make_prep: Callable[[Settings], Prep] = Prep
+
+
+async def main(
+    settings: Settings, *, announce: Callable[[str], None], spares: Spares | None = None
+) -> None:
+    """Run the daemon until a signal ends it.
+
+    ``announce`` gets the HTTP address once both fronts listen.
+
+    Raises:
+      SettingsError, OSError: at the start.
+
+    """
+    spares = spares or Spares()
+    notify = Notify()
+    state = await _state_dir(settings)
+    entries, problems = await trio.to_thread.run_sync(_scan, settings)
+    for problem in problems:
+        log.error("%s", problem)
+    lease = Lease()
+    with EmbeddingCache(settings.cache.embeddings_bytes) as cache:
+        residency = Residency(settings, entries, lease, spares.make_loader(settings, state))
+        prep = spares.make_prep(settings)
+        tools = Tools(
+            settings,
+            Fetcher(settings.media),
+            prep,
+            lease,
+            residency,
+            cache,
+            CrashMemory(settings.queue.crash_refusal_seconds),
+        )
+        house = House(settings, tools, Scheduler(tools), problems=tuple(map(str, problems)))
+        control = settings_module.control_path(settings)
+        async with (
+            _actor("signals", _signals, house),
+            _actor("prep", prep.run),
+            _actor("residency", residency.run),
+            _actor("scheduler", house.scheduler.run),
+            _actor("control", serve_control, house, control),
+            _http(house),
+            _actor("notify", _tell, house, notify),
+        ):
+            announce(house.http_address)
+            notify.ready()
+            await house.stop.wait()
+            log.info("stopping: jobs get %.0f s to end", settings.queue.stop_seconds)
+            notify.stopping()
+
+
+@asynccontextmanager
+async def _actor(name: str, run: Callable[..., Awaitable[Any]], *args: Any) -> AsyncIterator[Any]:
+    """Start one actor and wait until it is ready; cancel it at the end."""
+    async with trio.open_nursery() as nursery:
+        value = await nursery.start(run, *args, name=name)
+        yield value
+        nursery.cancel_scope.cancel(reason="the daemon stops")
+
+
+@asynccontextmanager
+async def _http(house: House) -> AsyncIterator[None]:
+    """The HTTP front: at the end no new connections, then the jobs, then those that listen."""
+    quit_http, finished = trio.Event(), trio.Event()
+    async with trio.open_nursery() as nursery:
+        house.http_address = await nursery.start(
+            _serve_http, house, quit_http, finished, name="http"
+        )
+        yield
+        quit_http.set()
+        async with trio.open_nursery() as draining:
+            draining.start_soon(_hurry, house, draining.cancel_scope)
+            await house.scheduler.drain(house.settings.queue.stop_seconds)
+            draining.cancel_scope.cancel(reason="all jobs have ended")
+        if house.stop_again.is_set():
+            await house.scheduler.drain(0)
+        # The answers of the jobs are on their way; a peer that takes nothing is dropped.
+        with trio.move_on_after(house.settings.http.peer_seconds):
+            await finished.wait()
+        nursery.cancel_scope.cancel(reason="the daemon stops")
+
+
+async def _serve_http(
+    house: House,
+    quit_http: trio.Event,
+    finished: trio.Event,
+    *,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await serve_http(house, None, stop=quit_http, task_status=task_status)
+    finished.set()
+
+
+async def _hurry(house: House, draining: trio.CancelScope) -> None:
+    """A second signal ends the patience."""
+    await house.stop_again.wait()
+    draining.cancel(reason="a second signal")
+
+
+async def _signals(
+    house: House, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """SIGTERM and SIGINT: the first one drains, the second one aborts."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("%s", signal.Signals(number).name)
+            if house.stop.is_set():
+                house.stop_again.set()
+            house.stop.set()
+
+
+async def _tell(
+    house: House, notify: Notify, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Tell systemd how we are: STATUS at each change, WATCHDOG while we are well."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(notify.run_watchdog, house.healthy)
+        task_status.started()
+        while True:
+            states = ", ".join(f"{m.name} {m.state.value}" for m in house.residency.models())
+            notify.status(f"{house.http_address}; models: {states or 'none'}")
+            await house.residency.wait_change()
+
+
+async def _state_dir(settings: Settings) -> Path:
+    """Make the state folder; without one the daemon still serves."""
+    state = settings_module.state_dir(settings)
+    try:
+        await trio.Path(state).mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as exc:
+        log.warning("the state folder cannot be made: %s", exc.strerror)
+    return state
+
+
+def _scan(settings: Settings) -> tuple[dict[str, catalog.Entry], list[ManifestError]]:
+    return catalog.scan(
+        settings_module.models_dir(settings),
+        demo=settings.models.demo,
+        known_families=families.known(),
+    )
+
+
+def check(settings: Settings) -> list[str]:
+    """Return every problem of the settings and of the manifests, each with its key."""
+    problems = settings_module.check(settings)
+    entries, broken = _scan(settings)
+    problems += [f"{error.name}: {text}" for error in broken for text in error.problems]
+    for key, names in (
+        ("models.default", [settings.models.default] if settings.models.default else []),
+        ("models.preload", settings.models.preload),
+    ):
+        problems += [f"{key}: there is no model {n!r}" for n in names if n not in entries]
+    return problems

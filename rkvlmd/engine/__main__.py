@@ -1,0 +1,111 @@
+"""``python -m rkvlmd.engine ROLE --name NAME --fd N``: the start of every child.
+
+``--script JSON`` gives faults to tests and benchmarks (``rkvlmd.engine.script``); the daemon
+never passes it. ``python -m rkvlmd.engine inspect FILE`` prints a model file's shapes as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+ROLES = ("prep", "encoder", "decoder", "scripted")
+#: What ``hello`` names for each role, where installed.
+LIBRARIES = {
+    "prep": ("numpy", "pillow", "tokenizers", "jinja2"),
+    "encoder": ("numpy", "onnxruntime"),
+    "decoder": ("numpy", "onnxruntime", "tokenizers"),
+    "scripted": ("numpy",),
+}
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Run a child until its socket ends."""
+    if argv[:1] == ["inspect"]:
+        sys.exit(_inspect(argv[1:]))
+    options = _parse(argv)
+    # Only the end of the socket means "leave": a terminal's Ctrl-C and a stop of the whole
+    # service are the daemon's to handle.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable(sys.stderr)
+    if options.memory:
+        _limit_memory(options.memory)
+    run(options.role, options.fd, options.script)
+
+
+def run(role: str, fd: int, script_text: str) -> NoReturn:
+    """Say ``hello`` and serve; imports only what the role needs."""
+    from rkvlmd.engine.channel import Channel
+    from rkvlmd.engine.loop import Loop
+    from rkvlmd.engine.script import Script
+    from rkvlmd.wire import child
+
+    script = Script(json.loads(script_text)) if script_text else None
+    channel = Channel(socket.socket(fileno=fd))
+    if script is not None:
+        script.strike("hello")
+    channel.send(child.Hello(pid=os.getpid(), role=role, libraries=_versions(role)))
+    if role == "prep":
+        from rkvlmd.engine.prep import PrepRole
+
+        Loop(channel, PrepRole(script)).run()
+    from rkvlmd.engine.roles import EngineRole
+
+    Loop(channel, EngineRole(role, script)).run()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rkvlmd.engine", description=__doc__)
+    parser.add_argument("role", choices=ROLES)
+    parser.add_argument("--name", default="", help="shown in the process list")
+    parser.add_argument("--fd", type=int, required=True, help="number of the socket")
+    parser.add_argument("--memory", type=int, default=0, help="address space in bytes, 0 for any")
+    parser.add_argument("--script", default="", help="faults, for tests and benchmarks")
+    return parser.parse_args(argv)
+
+
+def _inspect(paths: list[str]) -> int:
+    from rkvlmd.engine.inspect import inspect
+    from rkvlmd.errors import RkvlmdError
+
+    if len(paths) != 1:
+        print("usage: python -m rkvlmd.engine inspect FILE", file=sys.stderr)
+        return 2
+    try:
+        print(json.dumps(inspect(paths[0])))
+    except RkvlmdError as exc:
+        print(exc.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _limit_memory(most: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    # Each thread of these pools would take address space, and one job runs at a time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _versions(role: str) -> dict[str, str]:
+    from importlib import metadata
+
+    versions = {}
+    for name in LIBRARIES[role]:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

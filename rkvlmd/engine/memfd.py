@@ -1,0 +1,95 @@
+"""Sealed memory files: how pixels, embeddings and pictures cross between processes."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rkvlmd.wire.child import Tensor
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+#: numpy names that a tensor may have.
+DTYPES = frozenset({"uint8", "int32", "int64", "float16", "float32"})
+
+
+class MemoryFileError(ValueError):
+    """A descriptor is not what the frame says; the peer has a bug."""
+
+
+def create(data: bytes | memoryview, name: str = "rkvlmd") -> int:
+    """Return the descriptor of a new sealed memory file that holds ``data``."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def from_array(array: npt.NDArray[Any], name: str = "rkvlmd") -> tuple[int, Tensor]:
+    """Return a sealed memory file with the array in C order, and what it holds."""
+    array = np.ascontiguousarray(array)
+    tensor = Tensor(shape=tuple(array.shape), dtype=array.dtype.name)
+    return create(array.reshape(-1).view(np.uint8).data, name), tensor
+
+
+def checked_size(fd: int) -> int:
+    """Return the size in bytes of a memory file that cannot shrink any more.
+
+    Raises:
+      MemoryFileError: it is no sealed memory file, so reading a mapping of it
+        could end the process with SIGBUS.
+
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as exc:
+        raise MemoryFileError("descriptor is no memory file") from exc
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise MemoryFileError("memory file is not sealed against shrinking")
+    return os.fstat(fd).st_size
+
+
+def read(fd: int) -> bytes:
+    """Return a copy of the whole file; the descriptor stays open."""
+    size, parts, at = checked_size(fd), [], 0
+    while at < size:
+        part = os.pread(fd, size - at, at)
+        if not part:
+            raise MemoryFileError("memory file is shorter than its size")
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts) if len(parts) != 1 else parts[0]
+
+
+def map_array(fd: int, tensor: Tensor) -> npt.NDArray[Any]:
+    """Map a memory file read-only as the array that ``tensor`` describes.
+
+    The mapping lives as long as the array; the descriptor may be closed.
+
+    Raises:
+      MemoryFileError: unknown dtype, or the size is not exactly right.
+
+    """
+    if tensor.dtype not in DTYPES:
+        raise MemoryFileError(f"unknown dtype {tensor.dtype!r}")
+    if any(n < 1 for n in tensor.shape):
+        raise MemoryFileError(f"shape {tensor.shape} has no elements")
+    dtype = np.dtype(tensor.dtype)
+    size = checked_size(fd)
+    if size != math.prod(tensor.shape) * dtype.itemsize:
+        raise MemoryFileError(f"{size} bytes for shape {tensor.shape} of {tensor.dtype}")
+    # Private, because Linux before 6.7 refuses a shared mapping of a write-sealed file even
+    # when it is read-only.
+    mapped = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    return np.frombuffer(mapped, dtype).reshape(tensor.shape)

@@ -1,0 +1,268 @@
+"""Untrusted picture bytes to an encoder's input: limits, decoding, colours, orientation."""
+
+from __future__ import annotations
+
+import binascii
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from rkvlmd.engine import resample
+from rkvlmd.errors import RkvlmdError
+from rkvlmd.models import geometry
+from rkvlmd.models.manifest import Encoder
+
+# Imported because that registers them: else Pillow loads all of its forty plugins for WebP.
+_PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin)
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SPACE = b" \t\r\n\f\v"
+#: Base64 of n bytes has 4n/3 characters; more than twice as many is not worth reading.
+_MOST_TEXT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a picture may be: ``[media]`` of the settings."""
+
+    max_bytes: int
+    max_pixels: int
+    min_side: int
+    max_aspect: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """``tensor`` is the encoder's input; sizes are of the upright original, pixels."""
+
+    tensor: npt.NDArray[Any]
+    width: int
+    height: int
+    format: str
+
+
+def check_bytes(size: int, limits: Limits) -> None:
+    """Raise unless a file of this size may be read."""
+    if size == 0:
+        raise RkvlmdError("empty_image_file", "The picture is empty.")
+    if size > limits.max_bytes:
+        raise RkvlmdError(
+            "image_file_too_large",
+            f"The picture file has {size} bytes; the limit is {limits.max_bytes} bytes.",
+        )
+
+
+def check_text(size: int, limits: Limits) -> None:
+    """Raise if base64 text of this many characters cannot be a picture within the limits."""
+    if size > _MOST_TEXT * limits.max_bytes + 1024:
+        check_bytes(size * 3 // 4, limits)
+
+
+def from_base64(text: bytes, limits: Limits) -> bytes:
+    """Return the file behind base64 text.
+
+    White space anywhere, missing padding and the URL-safe alphabet are
+    accepted; everything else that is not base64 is an error.
+    """
+    text = text.translate(None, _SPACE)
+    check_bytes(len(text) and max(1, len(text.rstrip(b"=")) * 3 // 4), limits)
+    if b"-" in text or b"_" in text:
+        text = text.translate(bytes.maketrans(b"-_", b"+/"))
+    if b"=" not in text[-2:]:
+        text += b"=" * (-len(text) % 4)
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except binascii.Error:
+        raise RkvlmdError("invalid_base64_image", "The picture is not valid base64.") from None
+
+
+def sniff(data: bytes) -> str | None:
+    """Return the format that the first bytes say, by Pillow's name."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:6] in {b"GIF87a", b"GIF89a"}:
+        return "GIF"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def prepare(data: bytes, encoder: Encoder, limits: Limits, *, exact: bool = False) -> Prepared:
+    """Decode a picture file and bring it into the shape that the encoder wants.
+
+    ``exact`` decodes everything before it resizes; without it a JPEG is
+    decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 that leaves at least twice
+    the target in both axes, and large pictures shrink by whole factors first.
+
+    Raises:
+      RkvlmdError: each way in which the file is no picture within the limits.
+
+    """
+    check_bytes(len(data), limits)
+    kind = sniff(data)
+    if kind is None:
+        raise RkvlmdError(
+            "invalid_image_format",
+            "The picture is no JPEG, PNG, WebP or GIF file.",
+        )
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of pictures above its own limit, and of odd files that it can read.
+            warnings.simplefilter("ignore")
+            image, size = _decode(data, kind, encoder, limits, exact=exact)
+            tensor = resample.to_input(image, encoder, exact=exact)
+    except RkvlmdError:
+        raise
+    except MemoryError:
+        raise RkvlmdError(
+            "image_too_large", "The picture needs more memory than one picture may take."
+        ) from None
+    except Exception:  # noqa: BLE001 - hostile bytes make a decoder raise nearly anything
+        raise RkvlmdError(
+            "image_parse_error", f"The picture is a damaged or cut off {_name(kind)} file."
+        ) from None
+    return Prepared(tensor=tensor, width=size[0], height=size[1], format=kind.lower())
+
+
+def _decode(
+    data: bytes, kind: str, encoder: Encoder, limits: Limits, *, exact: bool
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an upright RGB picture and the size of the upright original."""
+    if kind == "WEBP":
+        # Its plugin allocates two canvases when it opens the file.
+        _check_size(_webp_size(data), limits)
+    with _open(data, kind) as image:
+        _check_size(image.size, limits)
+        size = image.size
+        deep = any("16" in str(tile.args) for tile in image.tile)
+        if kind == "JPEG":
+            orientation = _orientation(image)
+            if not exact and isinstance(image, JpegImagePlugin.JpegImageFile):
+                _draft(image, orientation, encoder)
+            image.load()
+        else:
+            image.load()
+            # A GIF's first frame may be larger than what its header says.
+            _check_size(image.size, limits)
+            size = image.size
+            orientation = _orientation(image)
+        rgb = _to_rgb(image, deep=deep)
+        if orientation in _TURNS:
+            rgb = rgb.transpose(_TURNS[orientation])
+    return rgb, size if orientation < 5 else (size[1], size[0])
+
+
+def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(io.BytesIO(data), formats=(kind,))
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+    if not isinstance(image, ImageFile.ImageFile):
+        raise TypeError("not a file")
+    return image
+
+
+def _check_size(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    short, long = min(size), max(size)
+    if width * height > limits.max_pixels:
+        raise RkvlmdError(
+            "image_too_large",
+            f"The picture has {width * height} pixels ({width}x{height}); the limit is"
+            f" {limits.max_pixels} pixels.",
+        )
+    if short < limits.min_side:
+        raise RkvlmdError(
+            "image_too_small",
+            f"The picture is {width}x{height} pixels; each side must have at least"
+            f" {limits.min_side}.",
+        )
+    if long > short * limits.max_aspect:
+        raise RkvlmdError(
+            "image_too_small",
+            f"The picture is {width}x{height} pixels; its long side may be at most"
+            f" {limits.max_aspect} times the short one.",
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Read the canvas size (RFC 9649, sections 2.5 to 2.7)."""
+    kind, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        raise ValueError("short header")
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(body[i : i + 3], "little") + 1 for i in (4, 7))
+    elif kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = (int.from_bytes(body[i : i + 2], "little") & 0x3FFF for i in (6, 8))
+    else:
+        raise ValueError("unknown kind of WebP")
+    return width, height
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - a broken EXIF block makes no broken picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _draft(image: JpegImagePlugin.JpegImageFile, orientation: int, encoder: Encoder) -> None:
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    place = geometry.content(width, height, encoder)
+    target = (place.width, place.height) if orientation < 5 else (place.height, place.width)
+    gap = int(resample.GAP)
+    image.draft(None, (gap * target[0], gap * target[1]))
+
+
+def _to_rgb(image: Image.Image, *, deep: bool) -> Image.Image:
+    """Return an RGB picture; what is transparent becomes white."""
+    if image.mode.startswith("I"):
+        return _grey16(image)
+    transparent = image.info.get("transparency")
+    if deep and isinstance(transparent, tuple):
+        # The file's colour has 16 bits a channel, the decoded pixels have the upper 8.
+        image.info["transparency"] = tuple(v >> 8 for v in transparent)
+    if "A" in image.getbands() or transparent is not None:
+        image = image.convert("RGBA") if image.mode != "RGBA" else image
+        alpha = image.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            return image.convert("RGB")
+        sheet = Image.new("RGB", image.size, (255, 255, 255))
+        sheet.paste(image, mask=alpha)
+        return sheet
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey16(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _name(kind: str) -> str:
+    return "WebP" if kind == "WEBP" else kind

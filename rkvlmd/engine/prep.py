@@ -1,0 +1,106 @@
+"""The prep child: what clients sent becomes pixels and token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Sequence
+
+import msgspec
+
+from rkvlmd.engine import memfd
+from rkvlmd.engine.loop import Order, Send
+from rkvlmd.engine.script import Script
+from rkvlmd.errors import RkvlmdError
+from rkvlmd.models import manifest
+from rkvlmd.wire import child
+
+
+class PrepRole:
+    """Decodes pictures and renders prompts, one at a time."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self._script = script
+
+    def warm(self) -> None:
+        """Import what both orders need, while the daemon is still busy with the body."""
+        for name in ("pictures", "render"):
+            importlib.import_module(f"rkvlmd.engine.{name}")
+
+    def abort(self) -> None:
+        """Nothing: an order ends by itself or with the process."""
+
+    def work(self, order: Order, fds: Sequence[int], send: Send) -> None:
+        """Do one order.
+
+        Raises:
+          RkvlmdError: the picture or the conversation is at fault, or the model's files.
+          memfd.MemoryFileError: the daemon sent something else than it said.
+
+        """
+        if isinstance(order, child.Picture):
+            if self._script is not None:
+                self._script.strike("picture")
+            self._picture(order, fds, send)
+        elif isinstance(order, child.Render):
+            if self._script is not None:
+                self._script.strike("render")
+            self._render(order, send)
+        else:
+            raise ValueError(f"{type(order).__name__} is no order for a prep child")
+
+    def _picture(self, order: child.Picture, fds: Sequence[int], send: Send) -> None:
+        from rkvlmd.engine import pictures
+
+        if len(fds) != 1:
+            raise memfd.MemoryFileError(f"picture with {len(fds)} descriptors")
+        encoder = msgspec.convert(order.encoder, manifest.Encoder)
+        limits = pictures.Limits(
+            max_bytes=order.max_bytes,
+            max_pixels=order.max_pixels,
+            min_side=order.min_side,
+            max_aspect=order.max_aspect,
+        )
+        try:
+            size = memfd.checked_size(fds[0])
+            if order.encoding == "base64":
+                pictures.check_text(size, limits)
+                data = pictures.from_base64(memfd.read(fds[0]), limits)
+            else:
+                pictures.check_bytes(size, limits)
+                data = memfd.read(fds[0])
+        except MemoryError:
+            raise RkvlmdError(
+                "image_file_too_large", "The picture file needs more memory than one may take."
+            ) from None
+        prepared = pictures.prepare(data, encoder, limits, exact=order.exact)
+        fd, tensor = memfd.from_array(prepared.tensor, "rkvlmd-pixels")
+        try:
+            send(
+                child.PictureDone(
+                    id=order.id,
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    width=prepared.width,
+                    height=prepared.height,
+                    format=prepared.format,
+                    tensors=[tensor],
+                    tokens=encoder.tokens,
+                ),
+                [fd],
+            )
+        finally:
+            os.close(fd)
+
+    def _render(self, order: child.Render, send: Send) -> None:
+        from rkvlmd.engine import render
+
+        try:
+            tokens, spans = render.render(
+                order.folder, manifest.from_builtins(order.manifest), order.turns, order.pictures
+            )
+        except MemoryError:
+            raise RkvlmdError(
+                "server_error", "The conversation needs more memory than one may take."
+            ) from None
+        send(child.RenderDone(id=order.id, tokens=tokens, spans=spans))

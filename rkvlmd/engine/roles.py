@@ -1,0 +1,138 @@
+"""What an encoder and a decoder child do with their orders, whatever the library."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rkvlmd.engine import memfd
+from rkvlmd.engine.backend import DecoderBackend, EncoderBackend, Rows
+from rkvlmd.engine.loop import Order, Send
+from rkvlmd.engine.script import Script
+from rkvlmd.errors import RkvlmdError
+from rkvlmd.wire import child
+
+#: Role and engine (a key of the manifest) to the backend that runs it.
+BACKENDS = {
+    ("encoder", "onnx"): "rkvlmd.engine.onnx_encoder:OnnxEncoder",
+    ("decoder", "onnx"): "rkvlmd.engine.onnx_decoder:OnnxDecoder",
+}
+SCRIPTED = "rkvlmd.engine.scripted:ScriptedBackend"
+
+
+class EngineRole:
+    """An encoder or decoder child; ``scripted`` is both, with a backend of its own."""
+
+    def __init__(self, name: str, script: Script | None = None) -> None:
+        self._name = name
+        self._script = script
+        self._backend: Any = None
+        self._embedding = 0
+        self._generating = False
+
+    def warm(self) -> None:
+        """Nothing: ``load`` says which libraries are needed."""
+
+    def abort(self) -> None:
+        """End a generation; an encode runs to its end."""
+        if self._generating:
+            self._backend.abort()
+
+    def work(self, order: Order, fds: Sequence[int], send: Send) -> None:
+        """Do one order.
+
+        Raises:
+          RkvlmdError: what the library refused; an order before ``load``.
+          memfd.MemoryFileError: the daemon sent something else than it said.
+
+        """
+        if isinstance(order, child.Load):
+            self._load(order, send)
+        elif self._backend is None:
+            raise RkvlmdError("model_not_loaded", "The model is not loaded.")
+        elif isinstance(order, child.Encode) and self._name != "decoder":
+            self._encode(order, fds, send, self._backend)
+        elif isinstance(order, child.Generate) and self._name != "encoder":
+            self._generate(order, fds, send, self._backend)
+        else:
+            raise ValueError(f"{type(order).__name__} is no order for a child of role {self._name}")
+
+    def _load(self, order: child.Load, send: Send) -> None:
+        def progress(fraction: float, doing: str) -> None:
+            send(child.Progress(fraction=min(max(fraction, 0.0), 1.0), doing=doing))
+
+        if self._backend is not None:
+            raise ValueError("second load")
+        backend: EncoderBackend | DecoderBackend = self._new(order)
+        info = backend.load(order, progress)
+        self._backend = backend
+        self._embedding = int(order.manifest.get("decoder", {}).get("embedding", 0))
+        send(child.Ready(info=info))
+
+    def _new(self, order: child.Load) -> Any:
+        if self._name == "scripted" or order.options.get("backend") == "scripted":
+            return _import(SCRIPTED)(self._script)
+        if self._name == "encoder":
+            engine = order.manifest["encoders"][order.part]["engine"]
+        else:
+            engine = order.manifest["decoder"]["engine"]
+        where = BACKENDS.get((self._name, engine))
+        if where is None:
+            raise RkvlmdError(
+                "invalid_model",
+                f"The {self._name} of this model needs the engine {engine!r}, which this version"
+                " cannot run.",
+            )
+        try:
+            return _import(where)()
+        except ModuleNotFoundError as exc:
+            if exc.name is None or exc.name.startswith("rkvlmd"):
+                raise
+            raise RkvlmdError(
+                "invalid_model",
+                f"The engine {engine!r} needs the Python package {exc.name!r}, which is not"
+                " installed.",
+            ) from exc
+
+    def _encode(
+        self, order: child.Encode, fds: Sequence[int], send: Send, backend: EncoderBackend
+    ) -> None:
+        if len(fds) != 1:
+            raise memfd.MemoryFileError(f"encode with {len(fds)} descriptors")
+        pixels = memfd.map_array(fds[0], order.pixels)
+        begin = time.monotonic()
+        rows = backend.encode(pixels)
+        seconds = time.monotonic() - begin
+        fd, tensor = memfd.from_array(rows, "rkvlmd-rows")
+        try:
+            send(child.EncodeDone(id=order.id, rows=tensor, seconds=seconds), [fd])
+        finally:
+            os.close(fd)
+
+    def _generate(
+        self, order: child.Generate, fds: Sequence[int], send: Send, backend: DecoderBackend
+    ) -> None:
+        if len(fds) != len(order.spans):
+            raise memfd.MemoryFileError(f"{len(order.spans)} spans, {len(fds)} descriptors")
+        rows = [self._rows(fd, span) for fd, span in zip(fds, order.spans, strict=True)]
+        self._generating = True
+        try:
+            done = backend.generate(order, rows, send)
+        finally:
+            self._generating = False
+        send(done)
+
+    def _rows(self, fd: int, span: child.Span) -> Rows:
+        width = self._embedding
+        if width == 0:
+            # A scripted decoder may run without a manifest.
+            width = memfd.checked_size(fd) // (4 * max(1, span.count))
+        return memfd.map_array(fd, child.Tensor(shape=(span.count, width), dtype="float32"))
+
+
+def _import(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)

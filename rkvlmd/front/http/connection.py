@@ -1,0 +1,80 @@
+"""What has to be put right in the server library, per connection."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+import h11
+from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.tcp_server import TCPServer
+
+from rkvlmd.errors import RkvlmdError
+from rkvlmd.settings import HttpSettings
+from rkvlmd.wire.openai_answer import error_body
+
+log = logging.getLogger(__name__)
+
+
+def server_config(http: HttpSettings) -> Config:
+    """Return the library's configuration, with each default that would bite replaced.
+
+    ``read_timeout`` stays off: it would cut an answer whose client, rightly,
+    says nothing. A request's head is bounded by ``keep_alive_timeout``, its
+    body by ``http.body_seconds``.
+    """
+    config = Config()
+    config.accesslog = None
+    config.errorlog = log
+    config.include_server_header = False
+    config.keep_alive_timeout = http.keep_alive_seconds
+    config.h11_max_incomplete_size = http.max_header_bytes
+    config.read_timeout = None
+    return config
+
+
+class PlainHttp(H11Protocol):
+    """HTTP/1.1 alone, with parser errors in the shape of the API."""
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Ignore offers to speak HTTP/2: one protocol, one parser, one set of limits."""
+
+    async def _send_error_response(self, status_code: int) -> None:
+        if status_code in {413, 431}:
+            error = RkvlmdError(
+                "request_too_large", "The head of the request is too large (http.max_header_bytes)."
+            )
+        else:
+            error = RkvlmdError("invalid_request", "The request is not valid HTTP/1.1.")
+        body = error_body(error)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+            (b"x-request-id", f"req_{secrets.token_hex(12)}".encode()),
+            *self.config.response_headers("h11"),
+        ]
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+class Connection(TCPServer):
+    """One connection of a client."""
+
+    async def _read_data(self) -> None:
+        # the last moment before the first byte
+        wrapper = self.protocol
+        wrapper.protocol = PlainHttp(
+            wrapper.app,
+            wrapper.config,
+            wrapper.context,
+            wrapper.task_group,
+            wrapper.state,
+            wrapper.ssl,
+            wrapper.client,
+            wrapper.server,
+            wrapper.send,
+        )
+        await super()._read_data()

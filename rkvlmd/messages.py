@@ -1,0 +1,193 @@
+"""What crosses between the parts of the daemon: frozen, without behaviour.
+
+Durations are seconds (float), sizes are bytes (int), times of the event loop
+are trio's clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rkvlmd.errors import RkvlmdError
+
+EndReason = Literal[
+    "stop", "length", "tool_calls", "deadline", "client_gone", "cancelled", "engine_died",
+    "engine_wedged", "model_unloaded", "shutdown", "error",
+]  # fmt: skip
+#: Reasons after which the answer is whole.
+GOOD_ENDS: frozenset[str] = frozenset({"stop", "length", "tool_calls"})
+
+Phase = Literal[
+    "admitted", "fetching", "preparing", "waiting", "loading", "encoding", "prefill",
+    "generating", "done",
+]  # fmt: skip
+
+Role = Literal["system", "user", "assistant"]
+
+
+class ModelState(enum.Enum):
+    """Where a model is in its life; ``failed`` heals itself (see residency)."""
+
+    ABSENT = "absent"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Text as the user wrote it, not neutralised yet."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PicturePart:
+    """The place of picture ``index`` (into ``ChatRequest.pictures``)."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of the conversation, its parts in order."""
+
+    role: Role
+    parts: tuple[TextPart | PicturePart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSource:
+    """One picture as the client gave it.
+
+    ``kind`` is ``base64`` (``data`` holds the base64 text alone, the prefix of
+    a data URI cut off) or ``url`` (``data`` holds an http(s) URL). ``field``
+    is the JSON path that errors name.
+    """
+
+    kind: Literal["base64", "url"]
+    data: str
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; ``None`` means the model's default.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 is off. Penalties as in the
+    OpenAI API; ``repetition_penalty`` 1 is off.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A parsed and checked ``/v1/chat/completions`` body.
+
+    ``ignored`` names known parameters that have no effect here, ``unknown``
+    the fields that nobody knows. ``timeout`` is the client's own deadline.
+    """
+
+    turns: tuple[Turn, ...]
+    pictures: tuple[PictureSource, ...] = ()
+    model: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    timeout: float | None = None
+    ignored: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one job; ``image_tokens`` are part of ``prompt_tokens``.
+
+    ``estimated`` is true where the engine cannot count (RKLLM without a
+    tokenizer file).
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    image_tokens: int = 0
+    estimated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds that each stage of one job took; 0 where it did not run.
+
+    ``queue`` is the wait for the lease, ``first_token`` counts from the
+    submission of the job.
+    """
+
+    queue: float = 0.0
+    fetch: float = 0.0
+    prepare: float = 0.0
+    load: float = 0.0
+    encode: float = 0.0
+    prefill: float = 0.0
+    first_token: float = 0.0
+    generate: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended: exactly one per job. ``error`` is set unless the end is good."""
+
+    reason: EndReason
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+    error: RkvlmdError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """One line of ``rkvlmctl jobs``."""
+
+    id: str
+    client: str
+    model: str
+    phase: Phase
+    age: float
+    pictures: int
+    prompt_tokens: int
+    completion_tokens: int
+    stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One line of ``rkvlmctl models`` and one card of ``/v1/models``.
+
+    ``progress`` is 0..1 while loading. ``detail`` says why a model failed.
+    """
+
+    name: str
+    family: str
+    state: ModelState
+    context: int
+    image: bool
+    created: int
+    digest: str
+    progress: float = 0.0
+    detail: str = ""
+    memory_bytes: int = 0
+    held: bool = False
+    default: bool = False
+    engines: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""What a model is: manifests, families, geometry and prompts; pure, plain integers."""

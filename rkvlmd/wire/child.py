@@ -1,0 +1,255 @@
+"""What the daemon and its children say to each other, as frames (``wire.frames``).
+
+A child says ``hello`` at once. Engine children (encoder, decoder) then get one
+``load`` and answer with ``progress`` and ``ready`` or ``failed`` (id 0); a prep
+child is ready after ``hello``. From then on each order carries an ``id`` and
+ends in exactly one ``*_done`` or ``failed`` with that id; a child works on one
+order at a time. ``beat`` comes from the child's main thread, once a second
+while an order or a load is in hand. ``abort`` names an order that runs; the
+child still ends it, a generation with ``generate_done`` and reason ``aborted``.
+
+Pixels, embeddings and pictures cross as sealed memfds beside the frame; its
+``fds`` counts them. End of file on the socket means: leave.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+PROTOCOL = 1
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Message(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    """Base of all messages; ``fds`` descriptors travel beside the frame."""
+
+    fds: Natural = 0
+
+
+class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+    """What a memfd holds: C order, little endian.
+
+    ``dtype`` is a numpy name (``uint8``, ``float32``).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+# --- daemon -> child ---------------------------------------------------------------
+
+
+class Load(_Message, frozen=True, tag="load", kw_only=True):
+    """Load a model's part. ``folder`` is the model's directory.
+
+    ``manifest`` is the whole ``rkvlm.json`` as parsed (``models.manifest``);
+    ``part`` the index into ``encoders`` (an encoder child). ``options`` come
+    from the settings: ``threads``.
+    """
+
+    folder: str
+    manifest: dict[str, Any]
+    part: Natural = 0
+    options: dict[str, Any] = {}
+
+
+class Picture(_Message, frozen=True, tag="picture", kw_only=True):
+    """Prep: decode one picture. One memfd: its source bytes.
+
+    ``encoding`` says what they are: ``base64`` text or the ``raw`` file.
+    ``encoder`` is the manifest's encoder entry. Limits as in ``[media]``.
+    Answered by ``picture_done`` with one memfd per tensor.
+    """
+
+    id: int
+    encoding: Literal["base64", "raw"]
+    encoder: dict[str, Any]
+    max_bytes: Natural
+    max_pixels: Natural
+    min_side: Natural
+    max_aspect: Natural
+    exact: bool = False
+
+
+class Render(_Message, frozen=True, tag="render", kw_only=True):
+    """Prep: template, neutralise, tokenise, expand pictures.
+
+    ``turns`` is a list of ``{"role": ..., "parts": [{"text": ...} or
+    {"picture": index}, ...]}``; ``pictures`` the number of image tokens of
+    each picture, by index. Answered by ``render_done``.
+    """
+
+    id: int
+    folder: str
+    manifest: dict[str, Any]
+    turns: list[dict[str, Any]]
+    pictures: list[int]
+
+
+class Encode(_Message, frozen=True, tag="encode", kw_only=True):
+    """Encoder: one memfd of pixels in, ``encode_done`` with one memfd of rows out."""
+
+    id: int
+    pixels: Tensor
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a picture's rows go: ``count`` tokens from ``start``; ``key`` identifies it."""
+
+    start: Natural
+    count: Natural
+    key: str
+
+
+class Generate(_Message, frozen=True, tag="generate", kw_only=True):
+    """Decoder: one memfd of float32 rows per span, in order.
+
+    ``tokens`` is the whole conversation with the image tokens expanded; the
+    child reuses what its cache already holds. ``sampling`` has every field of
+    ``messages.Sampling`` filled in; ``stop`` are strings.
+    """
+
+    id: int
+    tokens: list[int]
+    spans: list[Span] = []
+    max_tokens: int
+    stop: list[str] = []
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+
+
+class Abort(_Message, frozen=True, tag="abort", kw_only=True):
+    """End order ``id`` early."""
+
+    id: int
+
+
+# --- child -> daemon ---------------------------------------------------------------
+
+
+class Hello(_Message, frozen=True, tag="hello", kw_only=True):
+    """First frame of every child. ``libraries`` maps names to versions."""
+
+    pid: int
+    role: str
+    protocol: int = PROTOCOL
+    libraries: dict[str, str] = {}
+
+
+class Beat(_Message, frozen=True, tag="beat", kw_only=True):
+    """The child's main thread turns."""
+
+
+class Progress(_Message, frozen=True, tag="progress", kw_only=True):
+    """How far a load is, 0..1, and what it is doing."""
+
+    fraction: float
+    doing: str
+
+
+class Ready(_Message, frozen=True, tag="ready", kw_only=True):
+    """The load is done. ``info`` is shown by ``rkvlmctl status`` (shapes, versions)."""
+
+    info: dict[str, Any] = {}
+
+
+class PictureDone(_Message, frozen=True, tag="picture_done", kw_only=True):
+    """``sha256`` is over the picture file's bytes; ``tokens`` its image tokens.
+
+    One memfd per entry of ``tensors`` (one, until a model cuts tiles).
+    """
+
+    id: int
+    sha256: str
+    width: int
+    height: int
+    format: str
+    tensors: list[Tensor]
+    tokens: int
+
+
+class RenderDone(_Message, frozen=True, tag="render_done", kw_only=True):
+    """``tokens``: the whole prompt, pictures expanded; ``spans`` as (start, count, index)."""
+
+    id: int
+    tokens: list[int]
+    spans: list[tuple[int, int, int]]
+
+
+class EncodeDone(_Message, frozen=True, tag="encode_done", kw_only=True):
+    """One memfd: float32 rows, shape (image tokens, embedding size)."""
+
+    id: int
+    rows: Tensor
+    seconds: float
+
+
+class Prefilled(_Message, frozen=True, tag="prefilled", kw_only=True):
+    """The prompt is in the cache. ``cached`` of its tokens were there before."""
+
+    id: int
+    prompt: int
+    cached: int
+    seconds: float
+
+
+class Text(_Message, frozen=True, tag="text", kw_only=True):
+    """The next piece of whole characters (may be empty); ``tokens`` generated since the last."""
+
+    id: int
+    text: str
+    tokens: int = 1
+
+
+class GenerateDone(_Message, frozen=True, tag="generate_done", kw_only=True):
+    """``completion`` counts generated tokens, the end-of-text token left out."""
+
+    id: int
+    reason: Literal["stop", "length", "aborted"]
+    completion: int
+    seconds: float
+
+
+class Failed(_Message, frozen=True, tag="failed", kw_only=True):
+    """An order that failed in a way that leaves the child well.
+
+    ``code`` is a key of ``errors.CODES``; ``message`` is fit for a client.
+    """
+
+    id: int = 0
+    code: str
+    message: str
+
+
+ToChild = Load | Picture | Render | Encode | Generate | Abort
+FromChild = (
+    Hello | Beat | Progress | Ready | PictureDone | RenderDone | EncodeDone | Prefilled
+    | Text | GenerateDone | Failed
+)  # fmt: skip
+
+
+def parse_to_child(message: dict[str, Any]) -> ToChild:
+    """Check a frame from the daemon; raises ``msgspec.ValidationError``."""
+    parsed: ToChild = msgspec.convert(message, ToChild)
+    return parsed
+
+
+def parse_from_child(message: dict[str, Any]) -> FromChild:
+    """Check a frame from a child; raises ``msgspec.ValidationError``."""
+    parsed: FromChild = msgspec.convert(message, FromChild)
+    return parsed
+
+
+def build(message: ToChild | FromChild) -> dict[str, Any]:
+    """Return the frame object of a message."""
+    built: dict[str, Any] = msgspec.to_builtins(message)
+    return built

@@ -1,0 +1,30 @@
+"""What every test shares: no surprises from the environment, repeatable hypothesis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+# No deadline: two cores may be busy. Derandomised: a failure is there every time.
+hypothesis.settings.register_profile(
+    "house", deadline=None, derandomize=True, database=None, max_examples=100
+)
+hypothesis.settings.load_profile("house")
+
+#: Variables that change where the daemon puts things and whom it tells.
+_FOREIGN = (
+    "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
+    "STATE_DIRECTORY", "RUNTIME_DIRECTORY", "NO_COLOR", "OPENAI_API_KEY", "OPENAI_BASE_URL",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name in _FOREIGN or name.lower().endswith("_proxy"):
+                patch.delenv(name)
+        yield

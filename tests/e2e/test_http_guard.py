@@ -1,0 +1,418 @@
+"""Who is let in, what is refused, and that a refusal is always seen in the house's shape."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+import trio.testing
+
+from rkvlmd.errors import SettingsError
+from rkvlmd.front.http.chat import UnknownFields
+from rkvlmd.settings import check, parse
+from tests.fakes.house import Reply, connected, running, settings
+
+BODY = b'{"messages":[{"role":"user","content":"hi"}]}'
+CHAT = "/v1/chat/completions"
+
+
+def code(reply: Reply) -> str:
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-request-id"]
+    assert reply.headers["content-length"] == str(len(reply.body))
+    error = json.loads(reply.body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return str(error["code"])
+
+
+# --- Host --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:80",
+        "localhost.",
+        "127.0.0.1",
+        "127.0.0.1:8080",
+        "127.0.0.2",
+        "[::1]:9",
+    ],
+)
+async def test_own_names_and_addresses_are_let_in(host: str) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            await client.get("/v1/models", f"host: {host}")
+            assert (await client.reply()).status == 200
+
+
+async def test_the_name_of_this_machine_and_allowed_names_are_let_in() -> None:
+    name = socket.gethostname()
+    async with running(settings(allowed_hosts=("Board.Example",))) as house:
+        with trio.fail_after(5):
+            for host in (name, name.partition(".")[0] + ".local:1", "board.example:8080"):
+                async with connected(house) as client:
+                    await client.get("/livez", f"host: {host}")
+                    assert (await client.reply()).status == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example", "localhost.evil.example", "evil.example:8080", "127.0.0.1.evil.example",
+        "192.0.2.7", "[2001:db8::1]", "", "[::1", "a b", "localhost:x", "localhost@evil.example",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/livez", "/v1/models", CHAT])
+async def test_a_foreign_host_is_refused_everywhere(path: str, host: str) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            if path == CHAT:
+                data = (
+                    f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(BODY)}\r\n\r\n"
+                )
+                await client.send(data.encode() + BODY)
+            else:
+                await client.get(path, f"host: {host}")
+            reply = await client.reply()
+            assert (reply.status, code(reply)) == (403, "host_not_allowed")
+            assert "access-control-allow-origin" not in reply.headers
+            assert not house.scheduler.jobs
+
+
+async def test_a_public_bind_without_keys_is_refused_by_the_settings() -> None:
+    for bind in ("0.0.0.0:8080", "[::]:8080", "192.0.2.1:80", ":80"):
+        with pytest.raises(SettingsError, match=r"http\.bind"):
+            parse(f'[http]\nbind = "{bind}"\n')
+    assert not check(parse('[http]\nbind = "0.0.0.0:80"\nallow_unauthenticated = true\n'))
+
+
+async def test_a_public_bind_reports_an_address_that_works_here() -> None:
+    chosen = settings(allow_unauthenticated=True)
+    chosen = replace(chosen, http=replace(chosen.http, bind="0.0.0.0:0"))
+    async with running(chosen) as house:
+        assert house.http_address.startswith("http://127.0.0.1:")
+
+
+# --- keys --------------------------------------------------------------------------------
+
+
+async def test_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsecret-1\n\n  schlüssel \n")
+    async with running(settings(api_keys_file=str(file))) as house:
+
+        async def status(path: str, *head: str) -> int:
+            async with connected(house) as client:
+                await client.get(path, "host: localhost", *head)
+                reply = await client.reply()
+                if reply.status == 401:
+                    assert code(reply) == "invalid_api_key"
+                    assert reply.headers["www-authenticate"] == "bearer"
+                return reply.status
+
+        with trio.fail_after(10):
+            for path in ("/livez", "/readyz", "/health", "/v1/health"):
+                assert await status(path) == 200
+            for path in ("/v1/models", "/v1/models/demo", "/nothing", CHAT):
+                assert await status(path) == 401
+                assert await status(path, "authorization: Bearer wrong") == 401
+                assert await status(path, "authorization: Basic secret-1") == 401
+                assert await status(path, "x-api-key: # ours") == 401
+                assert await status(path, "authorization: Bearer") == 401
+            for head in (
+                "authorization: Bearer secret-1", "authorization: bearer  secret-1",
+                "x-api-key: secret-1", "x-api-key: schlüssel",
+            ):  # fmt: skip
+                assert await status("/v1/models", head) == 200
+            both = ("x-api-key: wrong", "authorization: Bearer secret-1")
+            assert await status("/v1/models", *both) == 200
+
+
+@pytest.mark.parametrize("text", [None, "", "# nothing\n \n"])
+async def test_a_key_file_without_keys_lets_nobody_start(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text)
+    with pytest.RaisesGroup(SettingsError, flatten_subgroups=True) as caught:
+        async with running(settings(api_keys_file=str(file))):
+            pytest.fail("it served")
+    assert str(tmp_path) not in str(caught.value.exceptions)
+
+
+# --- request ids, paths and methods ------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["ok-1.2_3", "x" * 64])
+async def test_a_valid_request_id_comes_back(given: str) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            for path in ("/livez", "/nothing"):
+                await client.get(path, "host: localhost", f"x-request-id: {given}")
+                assert (await client.reply()).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "ä", '"', "a/b"])
+async def test_an_invalid_request_id_is_replaced(given: str) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            await client.get("/livez", "host: localhost", f"x-request-id: {given}")
+            assert (await client.reply()).headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "expected"),
+    [
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1", 404, "not_found"),
+        ("POST", "/v1/completions", 404, "not_found"),
+        ("GET", "/docs/../livez", 404, "not_found"),
+        ("GET", "*", 404, "not_found"),
+        ("GET", CHAT, 405, "method_not_allowed"),
+        ("OPTIONS", CHAT, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models/demo", 405, "method_not_allowed"),
+        ("POST", "/livez", 405, "method_not_allowed"),
+        ("GET", "/v1/models/%2e%2e%2fetc", 404, "model_not_found"),
+    ],
+)
+async def test_paths_and_methods(method: str, path: str, status: int, expected: str) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            await client.get(path, method=method)
+            reply = await client.reply()
+            assert (reply.status, code(reply)) == (status, expected)
+            if status == 405:
+                assert reply.headers["allow"]
+            assert "server" not in reply.headers
+            await client.get("/livez")
+            assert (await client.reply()).status == 200
+
+
+# --- what is not HTTP/1.1 ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"rubbish\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: -5\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"y" * 40_000, 431),
+    ],
+)
+async def test_no_http(data: bytes, status: int) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            await client.send(data)
+            reply = await client.reply()
+            assert reply.status == status
+            assert code(reply) in {"invalid_request", "request_too_large"}
+            assert await client.rest() == b""
+
+
+async def test_other_protocols_are_not_spoken() -> None:
+    async with running() as house:
+        with trio.fail_after(5):
+            async with connected(house) as client:
+                upgrade = (
+                    "connection: upgrade, http2-settings",
+                    "upgrade: h2c",
+                    "http2-settings: ",
+                )
+                await client.get("/livez", "host: localhost", *upgrade)
+                assert (await client.reply()).status == 200
+            async with connected(house) as client:
+                await client.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                assert (await client.head()).status in {400, 404}
+            async with connected(house) as client:
+                await client.get(
+                    "/livez", "host: localhost", "connection: upgrade", "upgrade: websocket",
+                    "sec-websocket-version: 13", "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
+                )  # fmt: skip
+                assert (await client.head()).status == 403
+
+
+async def test_a_broken_chunk_ends_the_request_alone() -> None:
+    async with running() as house:
+        with trio.fail_after(5):
+            async with connected(house) as client:
+                await client.send(
+                    f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n"
+                    "transfer-encoding: chunked\r\n\r\nzz\r\n".encode()
+                )
+                assert (await client.head()).status == 400
+                await client.rest()
+            while house.scheduler.gate.jobs:
+                await trio.sleep(0)
+            async with connected(house) as client:
+                await client.post(BODY)
+                assert (await client.reply()).status == 200
+
+
+# --- bodies ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (["content-type: application/json; charset=utf-8"], 200),
+        (["content-type: application/vnd.api+json"], 200),
+        (["content-type: text/plain"], 200),
+        (["content-type: application/x-www-form-urlencoded"], 200),  # curl -d without a header
+        ([], 200),
+        (["content-encoding: identity"], 200),
+        (["content-type: multipart/form-data; boundary=x"], 415),
+        (["content-type: application/json", "content-encoding: gzip"], 415),
+        (["content-type: text/plain", "origin: https://evil.example"], 415),
+        (["origin: https://evil.example"], 415),
+    ],
+)
+async def test_media_types(head: list[str], status: int) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            lines = [f"POST {CHAT} HTTP/1.1", "host: localhost", f"content-length: {len(BODY)}"]
+            await client.send("\r\n".join([*lines, *head, "", ""]).encode() + BODY)
+            reply = await client.reply()
+            assert reply.status == status
+            if status != 200:
+                assert code(reply) == "unsupported_media_type"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_that_is_too_large(chunked: bool) -> None:
+    async with running(settings(max_body_bytes=2000)) as house:
+        with trio.fail_after(5):
+            async with connected(house) as client:
+                data = b'{"x":"' + b"y" * 3000 + b'"}'
+                if chunked:
+                    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked"
+                    await client.send(f"{head}\r\n\r\n{len(data):x}\r\n".encode() + data)
+                    await client.send(b"\r\n0\r\n\r\n")
+                else:
+                    await client.post(data)
+                reply = await client.reply()
+                assert (reply.status, code(reply)) == (413, "request_too_large")
+                assert await client.rest() == b""
+            async with connected(house) as client:
+                await client.post(BODY)
+                assert (await client.reply()).status == 200
+                assert house.scheduler.gate.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "invalid_json"),
+        (b"nonsense", "invalid_json"),
+        (b"[" * 5000 + b"]" * 5000, "invalid_json"),
+        (b"[]", "invalid_request"),
+        (b"{}", "invalid_request"),
+        (b'{"messages":[]}', "invalid_request"),
+        (b'{"messages":[{"role":"user","content":"x"}],"n":2}', "unsupported_parameter"),
+    ],
+)
+async def test_bad_bodies_and_the_next_good_one(data: bytes, expected: str) -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(5):
+            await client.post(data)
+            reply = await client.reply()
+            assert (reply.status, code(reply)) == (400, expected)
+            await client.post(BODY)  # on the same connection
+            assert (await client.reply()).status == 200
+
+
+# --- refused uploads ---------------------------------------------------------------------
+
+UPLOAD = b'{"x":"' + b"y" * (20 << 20) + b'"}'
+
+
+def full() -> Any:
+    chosen = settings()
+    return replace(chosen, queue=replace(chosen.queue, max_jobs=0))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_refused_upload_sees_its_503(chunked: bool) -> None:
+    async with running(full()) as house, connected(house) as client:
+        with trio.fail_after(20):
+            # all of it is sent before anything is read, as simple clients do
+            if chunked:
+                head = (
+                    f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+                )
+                await client.send(f"{head}{len(UPLOAD):x}\r\n".encode() + UPLOAD + b"\r\n0\r\n\r\n")
+            else:
+                await client.post(UPLOAD)
+            reply = await client.reply()
+            assert (reply.status, code(reply)) == (503, "server_is_overloaded")
+            assert reply.headers["connection"] == "close"
+            assert 1 <= int(reply.headers["retry-after"]) <= 120
+            assert await client.rest() == b""
+
+
+async def test_a_refused_upload_with_an_ordinary_client() -> None:
+    async with running(full()) as house:
+        with trio.fail_after(20):
+            async with httpx.AsyncClient(base_url=house.http_address) as client:
+                for path, status in ((CHAT, 503), ("/nothing", 404), ("/livez", 405)):
+                    answer = await client.post(path, content=UPLOAD)
+                    assert answer.status_code == status
+
+
+async def test_discarding_is_bounded_in_time(autojump_clock: trio.testing.MockClock) -> None:
+    async with running(full()) as house, connected(house) as client:
+        start = trio.current_time()
+        await client.post(b"{", length=1000)
+        reply = await client.reply()  # at once, though the upload is not over
+        assert reply.status == 503
+        assert trio.current_time() == start
+        assert await client.rest() == b""
+        assert trio.current_time() - start == pytest.approx(2, abs=0.1)
+
+
+async def test_discarding_is_bounded_in_bytes() -> None:
+    chosen = full()
+    chosen = replace(chosen, http=replace(chosen.http, discard_bytes=1 << 20, discard_seconds=60.0))
+    async with running(chosen) as house, connected(house) as client:
+        with trio.fail_after(10):
+            with pytest.raises(trio.BrokenResourceError):
+                await client.post(b"", length=1 << 40)
+                while True:
+                    await client.send(b"y" * 65536)
+
+
+async def test_a_body_where_none_is_expected_does_not_stop_the_connection() -> None:
+    async with running() as house:
+        with trio.fail_after(10):
+            async with connected(house) as client:
+                await client.post(b"x" * 10, "/livez")
+                assert (await client.reply()).status == 405
+                assert await client.rest() == b""
+            async with connected(house) as client:
+                big = b"x" * (2 << 20)
+                await client.get("/livez", "host: localhost", f"content-length: {len(big)}")
+                await client.send(big)
+                assert (await client.reply()).status == 200
+                assert await client.rest() == b""
+
+
+def test_unknown_names_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    unknown = UnknownFields()
+    for number in range(1000):
+        unknown.add((f"name{number}", "name0"))
+    assert len(unknown.counts) == UnknownFields.MOST
+    assert unknown.counts["name0"] == 1001
+    assert len(caplog.records) == UnknownFields.MOST

@@ -1,0 +1,210 @@
+"""A house of real actors and real children, whose engines follow a script instead of a model."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import trio
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from rkvlmd.actors.child import Child
+from rkvlmd.actors.crashes import CrashMemory
+from rkvlmd.actors.embeddings import EmbeddingCache
+from rkvlmd.actors.fetcher import Fetcher
+from rkvlmd.actors.house import House
+from rkvlmd.actors.job import Job
+from rkvlmd.actors.lease import Lease
+from rkvlmd.actors.loading import Loader
+from rkvlmd.actors.memory import Room
+from rkvlmd.actors.pipeline import Tools
+from rkvlmd.actors.prep import Prep
+from rkvlmd.actors.residency import Residency
+from rkvlmd.actors.scheduler import Scheduler
+from rkvlmd.messages import ChatRequest, Ended, PicturePart, PictureSource, TextPart, Turn
+from rkvlmd.models import catalog
+from rkvlmd.settings import Settings
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}"
+    "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}[end]{% endfor %}"
+)
+
+
+def _png() -> str:
+    """A grey picture of 4x4 pixels: a PNG, base64."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (90, 90, 90)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+PNG = _png()
+
+
+def make_model(parent: Path, name: str = "scripted", *, context: int = 512) -> Path:
+    """Write a model folder with a real tokenizer and template, and files nobody opens."""
+    folder = parent / name
+    folder.mkdir(parents=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True), AddedToken("[end]")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    for file in ("vision.onnx", "embed.onnx", "decoder.onnx"):
+        (folder / file).write_bytes(f"{name} {file}".encode())
+
+    def sha(file: str) -> str:
+        return hashlib.sha256((folder / file).read_bytes()).hexdigest()
+
+    def entry(file: str) -> dict[str, str]:
+        return {"file": file, "sha256": sha(file)}
+
+    manifest = {
+        "schema": 1,
+        "name": name,
+        "family": "smolvlm",
+        "encoders": [
+            {"engine": "onnx", **entry("vision.onnx"), "width": 16, "height": 16,
+             "tokens": 4, "embedding": 8},
+        ],
+        "decoder": {
+            "engine": "onnx",
+            "files": {"embed": entry("embed.onnx"), "decoder": entry("decoder.onnx")},
+            "context": context,
+            "embedding": 8,
+            "kv_bytes_per_token": 64,
+        },
+        "tokenizer": entry("tokenizer.json"),
+        "template": entry("chat_template.jinja"),
+        "image": {"content": "<image>"},
+        "special_strings": ["<image>", "[end]"],
+        "capabilities": ["image", "multi_image"],
+    }  # fmt: skip
+    (folder / "rkvlm.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def settings_for(tmp: Path, **sections: dict[str, Any]) -> Settings:
+    """Return settings with short times, all paths in ``tmp``."""
+    base: dict[str, dict[str, Any]] = {
+        "state": {"dir": str(tmp / "state")},
+        "models": {"dir": str(tmp / "models"), "demo": False},
+        "http": {"bind": "127.0.0.1:0"},
+        "control": {"path": str(tmp / "control.sock")},
+        "engine": {
+            "first_token_seconds": 1.0, "prefill_rate": 1000.0, "token_seconds": 1.0,
+            "abort_seconds": 0.5, "encode_seconds": 1.0, "grace_seconds": 2.0,
+        },
+        "prep": {"job_seconds": 5.0},
+    }  # fmt: skip
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    settings = Settings()
+    return replace(
+        settings, **{name: replace(getattr(settings, name), **v) for name, v in base.items()}
+    )
+
+
+@dataclass
+class Scripts:
+    """The script of each role; may be changed while the house stands, for children to come."""
+
+    encoder: dict[str, Any]
+    decoder: dict[str, Any]
+    prep: dict[str, Any]
+
+
+def spare_parts(settings: Settings, scripts: Scripts) -> tuple[Loader, Prep]:
+    """Return a loader and a prep pool whose children follow the scripts."""
+
+    def options(role: str) -> dict[str, Any]:
+        return {"backend": "scripted", "script": getattr(scripts, role)}
+
+    def prep_child(name: str) -> Child:
+        arguments = ["--script", json.dumps(scripts.prep)] if scripts.prep else []
+        return Child(name, "prep", settings.engine, arguments=arguments)
+
+    state = Path(settings.state.dir)
+    state.mkdir(parents=True, exist_ok=True)
+    return Loader(settings, state, options=options), Prep(settings, prep_child)
+
+
+@asynccontextmanager
+async def open_house(
+    tmp: Path,
+    *,
+    scripts: Scripts | None = None,
+    names: tuple[str, ...] = ("scripted",),
+    room: Callable[[], int] = lambda: 8 << 30,
+    **sections: dict[str, Any],
+) -> AsyncIterator[House]:
+    """Start prep, residency and scheduler over scripted children; no fronts."""
+    settings = settings_for(tmp, **sections)
+    for name in names:
+        if not (tmp / "models" / name).exists():
+            make_model(tmp / "models", name)
+    entries, problems = catalog.scan(tmp / "models", demo=False)
+    assert not problems, problems
+    scripts = scripts or Scripts({}, {}, {})
+    loader, prep = spare_parts(settings, scripts)
+    lease = Lease()
+    with EmbeddingCache(settings.cache.embeddings_bytes) as cache:
+        residency = Residency(settings, entries, lease, loader, room=lambda: Room(room(), None))
+        crashes = CrashMemory(settings.queue.crash_refusal_seconds)
+        tools = Tools(settings, Fetcher(settings.media), prep, lease, residency, cache, crashes)
+        house = House(settings, tools, Scheduler(tools))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(prep.run)
+            await nursery.start(residency.run)
+            await nursery.start(house.scheduler.run)
+            yield house
+            nursery.cancel_scope.cancel(reason="the test is over")
+
+
+def chat(text: str = "hello", pictures: int = 0, **more: Any) -> ChatRequest:
+    """Return a request with the small picture, as often as said."""
+    parts: list[Any] = [PicturePart(i) for i in range(pictures)]
+    sources = tuple(
+        PictureSource("base64", PNG, f"messages[0].content[{i}].image_url") for i in range(pictures)
+    )
+    return ChatRequest(turns=(Turn("user", (*parts, TextPart(text))),), pictures=sources, **more)
+
+
+_numbers = iter(range(1, 1_000_000))
+
+
+def submit(house: House, request: ChatRequest, client: str = "10.0.0.1") -> Job:
+    """Admit and start one job."""
+    slot = house.scheduler.reserve(client, 1000)
+    try:
+        return house.scheduler.submit(slot, request, request_id=f"r{next(_numbers)}")
+    finally:
+        slot.release()
+
+
+async def collect(job: Job) -> tuple[str, Ended]:
+    """Read a job to its end."""
+    text = ""
+    while True:
+        more, end = await job.outbox.take()
+        text += more
+        if end is not None:
+            return text, end
+
+
+async def until_phase(house: House, job: Job, *phases: str) -> None:
+    """Wait until the job is in one of the phases, turn by turn of the loop."""
+    with trio.fail_after(20):
+        while job.phase not in phases:
+            assert job.outbox.end is None, job.outbox.end
+            await trio.sleep(0.001)

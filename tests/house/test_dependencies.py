@@ -1,0 +1,45 @@
+"""What is imported is declared, and what is declared is imported."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+
+from tests.house.tree import ROOT, imports, python_files
+
+#: Where a distribution has another name than what it is imported as.
+IMPORTED_AS = {"pillow": "PIL", "rknn-toolkit-lite2": "rknnlite", "pytest-trio": "pytest"}
+#: Programs that are run and never imported, and what an exporter needs behind the scenes.
+RUN = {"ruff", "mypy", "hatchling", "onnxscript"}
+#: For the NPU engine, which is not there yet.
+NOT_YET = {"rknnlite"}
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def declared(requirements: list[str]) -> set[str]:
+    names = {re.split(r"[\s\[<>=;!~]", requirement)[0] for requirement in requirements}
+    return {IMPORTED_AS.get(name, name) for name in names} - {"rkvlmd"}
+
+
+BASE = declared(PROJECT["dependencies"])
+EXTRAS = {name: declared(value) for name, value in PROJECT["optional-dependencies"].items()}
+
+
+def imported(*folders: str) -> set[str]:
+    tops = {dotted.split(".")[0] for p in python_files(*folders) for _, dotted in imports(p)}
+    local = {p.parts[-2] for p in python_files(*folders)} | {p.stem for p in python_files(*folders)}
+    return tops - set(sys.stdlib_module_names) - {"rkvlmd", "tests", "tools"} - local
+
+
+def test_the_package_imports_what_it_declares() -> None:
+    found = imported("rkvlmd")
+    assert found <= BASE | EXTRAS["cpu"] | EXTRAS["npu"]
+    assert found >= (BASE | EXTRAS["cpu"] | EXTRAS["npu"]) - NOT_YET
+
+
+def test_tests_and_tools_import_what_the_extra_declares() -> None:
+    found = imported("tests", "tools")
+    assert found <= BASE | EXTRAS["cpu"] | EXTRAS["test"]
+    assert EXTRAS["test"] - RUN <= found | BASE

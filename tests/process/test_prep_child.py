@@ -1,0 +1,166 @@
+"""A real prep child: pictures and prompts in, pixels and tokens out, within its memory."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from rkvlmd.engine import memfd, pictures
+from rkvlmd.models.manifest import Encoder, Resize
+from rkvlmd.wire import child
+from tests.fakes.engine_child import Process, started
+from tests.fakes.scripted import make_model
+
+pytestmark = pytest.mark.process
+
+ENCODER = Encoder(
+    engine="onnx", file="v.onnx", sha256="0" * 64, tokens=64, embedding=8, width=96, height=64,
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize=Resize(rule="pad"),
+)  # fmt: skip
+MEMORY = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def prep() -> Iterator[Process]:
+    with started("prep", "--memory", str(MEMORY)) as process:
+        process.hello()
+        yield process
+
+
+def png(size: tuple[int, int] = (120, 90)) -> bytes:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize(size).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def order(number: int = 1, **more: Any) -> child.Picture:
+    values: dict[str, Any] = {
+        "encoding": "raw", "encoder": msgspec.to_builtins(ENCODER), "max_bytes": 20 << 20,
+        "max_pixels": 50_000_000, "min_side": 2, "max_aspect": 200,
+    } | more  # fmt: skip
+    return child.Picture(id=number, **values)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "base64"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_picture(prep: Process, encoding: Any, exact: bool) -> None:
+    data = png()
+    source = data if encoding == "raw" else base64.encodebytes(data)
+    prep.send(order(3, encoding=encoding, exact=exact), [memfd.create(source)])
+    done, fds = prep.until(child.PictureDone)
+    assert done == child.PictureDone(
+        id=3, sha256=hashlib.sha256(data).hexdigest(), width=120, height=90, format="png",
+        tensors=[child.Tensor(shape=(1, 3, 64, 96), dtype="float32")], tokens=64, fds=1,
+    )  # fmt: skip
+    limits = pictures.Limits(1 << 20, 1 << 20, 1, 1000)
+    wanted = pictures.prepare(data, ENCODER, limits, exact=exact).tensor
+    assert np.array_equal(prep.array(fds[0], done.tensors[0]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "code"),
+    [
+        (b"", {}, "empty_image_file"),
+        (b"", {"encoding": "base64"}, "empty_image_file"),
+        (b"AAAA!", {"encoding": "base64"}, "invalid_base64_image"),
+        (b"AAAA", {"encoding": "base64"}, "invalid_image_format"),
+        (png()[:200], {}, "image_parse_error"),
+        (png(), {"max_bytes": 100}, "image_file_too_large"),
+        (b"A" * 5000, {"max_bytes": 100, "encoding": "base64"}, "image_file_too_large"),
+        (png(), {"max_pixels": 1000}, "image_too_large"),
+        (png(), {"min_side": 91}, "image_too_small"),
+    ],
+)
+def test_bad_pictures_leave_it_well(
+    prep: Process, source: bytes, more: dict[str, Any], code: str
+) -> None:
+    prep.send(order(8, **more), [memfd.create(source)])
+    failed, _ = prep.until(child.Failed)
+    assert (failed.id, failed.code) == (8, code)
+    prep.send(order(9), [memfd.create(png())])
+    assert prep.until(child.PictureDone)[0].id == 9
+
+
+def test_a_picture_above_its_memory() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8000, 6000)).save(buffer, "PNG")
+    with started("prep", "--memory", str(300 << 20)) as process:
+        process.hello()
+        process.send(order(1), [memfd.create(png())])
+        process.until(child.PictureDone)
+        process.send(order(2), [memfd.create(buffer.getvalue())])
+        failed, _ = process.until(child.Failed)
+        assert failed.code == "image_too_large"
+        process.send(order(3), [memfd.create(png())])
+        assert process.until(child.PictureDone)[0].id == 3
+
+
+def test_the_largest_picture_fits_its_memory() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg, paletted = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8000, 6250)).save(jpeg, "JPEG", exif=exif)
+    Image.new("P", (8000, 6250)).save(paletted, "PNG", transparency=0)
+    with started("prep", "--memory", str(MEMORY)) as process:
+        process.hello()
+        for data in (jpeg.getvalue(), paletted.getvalue()):
+            process.send(order(1, exact=True), [memfd.create(data)])
+            done, _ = process.until(child.PictureDone)
+            assert done.width * done.height == 50_000_000
+
+
+def test_a_prompt(prep: Process, tmp_path: Path) -> None:
+    folder = make_model(tmp_path)
+    manifest = msgspec.json.decode((folder / "rkvlm.json").read_bytes())
+    turns = [{"role": "user", "parts": [{"picture": 0}, {"text": "<image> hi"}]}]
+    for number in (1, 2):
+        prep.send(
+            child.Render(
+                id=number, folder=str(folder), manifest=manifest, turns=turns, pictures=[3]
+            )
+        )
+        done, _ = prep.until(child.RenderDone)
+        assert done.id == number
+        ((start, count, index),) = done.spans
+        assert (count, index) == (3, 0)
+        image = done.tokens[start]
+        assert [i for i, t in enumerate(done.tokens) if t == image] == [*range(start, start + 3)]
+    (folder / "chat_template.jinja").unlink()
+    prep.send(child.Render(id=3, folder=str(folder), manifest=manifest, turns=turns, pictures=[3]))
+    failed, _ = prep.until(child.Failed)
+    assert failed.code == "invalid_model"
+    assert str(tmp_path) not in failed.message
+
+
+@pytest.mark.parametrize("kind", ["kill", "hang", "error"])
+def test_faults_on_demand(kind: str) -> None:
+    with started("prep", script={"fault": {"at": "picture", "kind": kind}}) as process:
+        process.hello()
+        process.send(order(1), [memfd.create(png())])
+        if kind == "kill":
+            assert process.eof()
+            assert process.wait() == -signal.SIGKILL
+        elif kind == "hang":
+            assert isinstance(process.receive()[0], child.Beat)
+        else:
+            assert process.until(child.Failed)[0].code == "engine_error"
+
+
+def test_it_imports_no_engine() -> None:
+    with started("prep") as process:
+        process.hello()
+        process.send(order(1), [memfd.create(png())])
+        process.until(child.PictureDone)
+        maps = Path(f"/proc/{process.popen.pid}/maps").read_text(encoding="utf-8")
+        assert "onnxruntime" not in maps
+        assert "PIL" in maps

@@ -1,0 +1,153 @@
+"""The export tool: what it writes, that it repeats, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rkvlmd.models import manifest as manifests
+from tests.fakes import tiny_model
+from tools.exporter import cli, quantize
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.make_hf(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture
+def checkpoint(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "hf")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.mark.process
+def test_the_command_writes_a_whole_model_folder(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "tools/export_onnx"), str(checkpoint), str(out)]
+    done = subprocess.run(
+        [*command, "--name", "demo"], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert "vision_encoder.onnx" in done.stdout
+    manifest = manifests.parse((out / manifests.FILE).read_bytes())
+    assert manifests.file_problems(manifest, out) == []
+    found = digests(out)
+    for key, entry in manifests.files(manifest).items():
+        assert found[entry.file] == entry.sha256, key
+    assert (manifest.name, manifest.family, manifest.marker) == ("demo", "smolvlm", "<image>")
+    assert manifest.image == manifests.Tags(
+        start="<fake_token_around_image><global-img>",
+        content="<image>",
+        end="<fake_token_around_image>",
+    )
+    assert set(manifest.special_strings) == set(tiny_model.SPECIALS)
+    assert manifest.stop_ids == (tiny_model.END,)
+    encoder = manifest.encoders[0]
+    assert (encoder.width, encoder.height, encoder.tokens, encoder.embedding) == (32, 32, 4, 64)
+    assert (encoder.resize.rule, encoder.resize.resample) == ("stretch", "bicubic")
+    assert (encoder.mean, encoder.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert (manifest.decoder.context, manifest.decoder.kv_bytes_per_token) == (512, 768)
+
+
+@pytest.mark.parametrize("attention", ["plain", "gqa"])
+@pytest.mark.parametrize("quantize", ["none", "half", "int8", "int4"])
+def test_the_same_checkpoint_gives_the_same_bytes(
+    checkpoint: Path, tmp_path: Path, attention: str, quantize: str
+) -> None:
+    options = ["--attention", attention, "--quantize", quantize, "--name", "x"]
+    for out in ("one", "two"):
+        assert cli.main([str(checkpoint), str(tmp_path / out), *options]) == 0
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+@pytest.mark.parametrize("attention", ["plain", "gqa"])
+def test_names_are_those_of_published_checkpoints(tmp_path: Path, attention: Any) -> None:
+    tiny_model.make_model(tmp_path / "m", attention=attention, layers=1)
+    graph = onnx.load(tmp_path / "m/decoder_model_merged.onnx").graph
+    caches = ["past_key_values.0.key", "past_key_values.0.value"]
+    extra = {"plain": {"position_ids"}, "gqa": {"num_logits_to_keep"}}[attention]
+    wanted = {"inputs_embeds", "attention_mask", *caches, *extra}
+    assert {i.name for i in graph.input} == wanted
+    assert {o.name for o in graph.output} == {"logits", "present.0.key", "present.0.value"}
+    if attention == "plain":
+        assert {n.domain for n in graph.node} == {""}
+        for name in ("vision_encoder", "embed_tokens", "decoder_model_merged"):
+            onnx.checker.check_model(onnx.load(tmp_path / f"m/{name}.onnx"), full_check=True)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def break_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda f: edit(f / "config.json", model_type="llava"), "model_type 'llava'"),
+        (lambda f: edit(f / "config.json", scale_factor=3), "scale_factor"),
+        (lambda f: edit(f / "config.json", image_token_id=9), "<image> is 2, not 9"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (break_weights, "model.safetensors is cut short"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda f: (f / "chat_template.jinja").unlink(), "chat_template.jinja is missing"),
+        (lambda f: (f / "generation_config.json").write_text("{}"), None),
+        (lambda f: edit(f / "preprocessor_config.json", resample=77), "resample 77"),
+    ],
+)
+def test_what_cannot_be_exported_is_told(
+    checkpoint: Path, tmp_path: Path, damage: Any, says: str | None, capsys: Any
+) -> None:
+    damage(checkpoint)
+    status = cli.main([str(checkpoint), str(tmp_path / "out")])
+    assert status == (1 if says else 0)
+    assert says is None or says in capsys.readouterr().err
+
+
+def test_sixteen_bit_checkpoints_are_read(checkpoint: Path) -> None:
+    from tools.exporter.weights import Weights
+
+    values = np.array([[1.0, -2.5], [0.15625, 3e20]], np.float32)
+    upper = (values.view(np.uint32) >> 16).astype(np.uint16)
+    header = {"x": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + upper.tobytes())
+    found = Weights(checkpoint).get("x", (2, 2))
+    assert np.allclose(found, values, rtol=2**-8)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e3))
+def test_rounding_errors_are_at_most_half_a_step(seed: int, size: float) -> None:
+    rng = np.random.default_rng(seed)
+    weight = (rng.normal(0, size, (3, 64)) * rng.integers(0, 2, (3, 1))).astype(np.float32)
+    small, scales = quantize.rows(weight)
+    assert np.all(np.abs(small * scales[:, None] - weight) <= scales[:, None] * 0.501)
+    packed, scales = quantize.blocks(weight)
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(3, 2, 32).astype(np.float32)
+    steps = scales.reshape(3, 2, 1)
+    error = np.abs((nibbles - 8) * steps - weight.reshape(3, 2, 32))
+    # The value opposite to the largest one may be cut by one whole step.
+    assert np.all(error <= np.abs(steps) * 1.001)
+    assert np.mean(error) <= np.mean(np.abs(steps)) * 0.5

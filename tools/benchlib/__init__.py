@@ -1,0 +1,1 @@
+"""What ``tools/bench`` measures: daemon, first token, token path, decoding speed, pictures."""

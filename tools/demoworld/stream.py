@@ -1,0 +1,244 @@
+"""An endless stream of training batches that follows the curriculum."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from demoworld import colours, questions
+from demoworld.draw import SIDE, Drawn, draw
+from demoworld.pack import Group, Rows, build_group, lay_out
+from demoworld.pairs import ask_pair, random_pair
+from demoworld.questions import Turn
+from demoworld.scene import (
+    CHARS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    random_text,
+    text_held_out,
+)
+from demoworld.shapes import object_scene, random_aspect, random_background
+from demoworld.text import Fonts
+from demoworld.tokens import Encoder
+
+PATCH = 8
+SIDE_PATCHES = SIDE // PATCH
+PATCHES = SIDE_PATCHES**2
+TOKENS = PATCHES // 4
+LONGEST = 6  # characters
+LENGTH = 384  # tokens of a row
+IGNORE = -100
+# The auxiliary heads: name -> number of classes (0 is "none" where there is a none).
+PATCH_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1,
+               "char": len(CHARS) + 1, "order": LONGEST + 1}
+TOKEN_HEADS = {"cell": 10, "centre_colour": len(COLOURS), "centre_shape": len(SHAPES),
+               "centre_size": len(SIZES)}
+Bytes = npt.NDArray[np.uint8]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass
+class Batch:
+    """Pictures, packed conversations about them and the labels of the auxiliary heads."""
+
+    pixels: Bytes  # (pictures, SIDE, SIDE, 3)
+    rows: Rows
+    labels: dict[str, Longs]
+    used: int  # tokens that are not padding
+    ink: npt.NDArray[np.bool_] | None = None  # (pictures, SIDE, SIDE)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What the stream holds at one point of the curriculum."""
+
+    objects: tuple[float, ...] = (0.18, 0.2, 0.22, 0.24, 0.1, 0.06)
+    text: float = 0.25
+    longest: int = LONGEST
+    nothing: float = 0.05
+    both: float = 0.05  # shapes and text
+    pairs: float = 0.14
+
+
+def curriculum(progress: float) -> Mix:
+    """The mixture at a point of the training, 0 to 1."""
+    if progress < 0.03:
+        return Mix((0.6, 0.4), 0.35, 2, 0.04, 0.0, 0.0)
+    if progress < 0.08:
+        return Mix((0.3, 0.3, 0.25, 0.15), 0.35, 4, 0.04, 0.02, 0.04)
+    if progress < 0.16:
+        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.32, LONGEST, 0.04, 0.03, 0.1)
+    return Mix()
+
+
+def text_scene(rng: random.Random, longest: int, held_out: bool = False) -> Scene:
+    """A scene with a string."""
+    family = random_background(rng)
+    while True:
+        text = random_text(rng, longest)
+        if text_held_out(text, family) == held_out:
+            break
+    rgb = colours.background(rng, family)
+    return Scene(family, rgb, random_aspect(rng), (), text, seed=rng.getrandbits(31))
+
+
+def nothing_scene(rng: random.Random) -> Scene:
+    """A scene with nothing known in it."""
+    family = random_background(rng)
+    rgb = colours.background(rng, family)
+    return Scene(family, rgb, random_aspect(rng), clutter=True, seed=rng.getrandbits(31))
+
+
+def both_scene(rng: random.Random, longest: int, held_out: bool = False) -> Scene:
+    """A scene with one or two shapes and a string."""
+    scene = object_scene(rng, rng.randint(1, 2), held_out)
+    while scene.objects and max(o.extent for o in scene.objects) > 0.4:
+        scene = object_scene(rng, rng.randint(1, 2), held_out)
+    while True:
+        text = random_text(rng, min(longest, 4))
+        if not text_held_out(text, scene.background):
+            return replace(scene, text=text)
+
+
+def single_turns(rng: random.Random, scene: Scene, room: int, encode: Encoder) -> list[list[Turn]]:
+    """Conversations about one picture that take up about ``room`` tokens."""
+    conversations: list[list[Turn]] = []
+    skills = questions.SINGLE_SKILLS
+    if scene.text and not scene.objects:
+        plan = ["read", "caption", rng.choice(("read", "any_text", "count", "exists", "where"))]
+    elif not scene.objects:
+        plan = ["caption", rng.choice(("read", "count")), rng.choice(("exists", "colour", "where"))]
+    else:
+        plan = ["caption"] if rng.random() < 0.85 else []
+        names, weights = list(skills)[1:], list(skills.values())[1:]
+        plan += rng.choices(names, weights, k=16)
+        if scene.text:
+            plan.insert(1, "read")
+    used = 0
+    for skill in plan:
+        turn = questions.ask(rng, scene, skill)
+        turns = [turn]
+        kind = rng.random()
+        if turn.topic is not None and kind < 0.3:
+            turns.append(questions.follow_up(rng, scene, turn.topic, turn.answer))
+            if rng.random() < 0.2:
+                topic = turn.topic
+                turns.append(questions.follow_up(rng, scene, topic, turns[-1].answer))
+        elif kind > 0.9:
+            other = rng.choice(list(skills))
+            turns.append(questions.ask(rng, scene, other))
+        cost = sum(len(encode(t.question)) + len(encode(" " + t.answer)) + 8 for t in turns)
+        if used + cost > room:
+            if used > room - 40:
+                break
+            continue
+        used += cost
+        conversations.append(turns)
+    return conversations
+
+
+def pair_turns(rng: random.Random, pair_: object, room: int, encode: Encoder) -> list[list[Turn]]:
+    """Conversations about two pictures."""
+    from demoworld.pairs import Pair
+
+    assert isinstance(pair_, Pair)
+    conversations: list[list[Turn]] = []
+    used = 0
+    wanted = ["different"] if pair_.difference else []
+    for skill in [*wanted, "which_picture", *[""] * 12]:
+        turn = ask_pair(rng, pair_, skill)
+        if turn is None:
+            continue
+        cost = len(encode(turn.question)) + len(encode(" " + turn.answer)) + 8
+        if used + cost > room:
+            break
+        used += cost
+        conversations.append([turn])
+    return conversations
+
+
+def object_labels(scene: Scene, drawn: Drawn) -> dict[str, Longs]:
+    """The labels of all auxiliary heads for one picture."""
+    blocks = (SIDE_PATCHES, PATCH, SIDE_PATCHES, PATCH)
+    out = {name: np.zeros(PATCHES, np.int64) for name in PATCH_HEADS}
+    out |= {name: np.full(TOKENS, IGNORE, np.int64) for name in TOKEN_HEADS}
+    out["cell"][:] = 0
+    if scene.objects:
+        layers = [(drawn.objects == i + 1) for i in range(len(scene.objects))]
+        cover = np.stack([m.reshape(blocks).sum((1, 3)).reshape(-1) for m in layers])
+        who, most = cover.argmax(0), cover.max(0)
+        table = np.array(
+            [(COLOURS.index(o.colour) + 1, SHAPES.index(o.shape) + 1, SIZES.index(o.size) + 1)
+             for o in scene.objects]
+        )
+        for k, name in enumerate(("colour", "shape", "size")):
+            out[name] = np.where(most >= 8, table[who, k], np.where(most >= 3, IGNORE, 0))
+        for o in scene.objects:
+            side = SIDE_PATCHES // 2
+            at = min(side - 1, int(o.y * side)) * side + min(side - 1, int(o.x * side))
+            out["cell"][at] = o.cell + 1
+            out["centre_colour"][at] = COLOURS.index(o.colour)
+            out["centre_shape"][at] = SHAPES.index(o.shape)
+            out["centre_size"][at] = SIZES.index(o.size)
+    if scene.text:
+        layers = [(drawn.chars == i + 1) for i in range(len(scene.text))]
+        cover = np.stack([m.reshape(blocks).sum((1, 3)).reshape(-1) for m in layers])
+        who, most = cover.argmax(0), cover.max(0)
+        codes = np.array([CHARS.index(c) + 1 for c in scene.text])
+        out["char"] = np.where(most >= 20, codes[who], np.where(most >= 4, IGNORE, 0))
+        out["order"] = np.where(most >= 20, who + 1, np.where(most >= 4, IGNORE, 0))
+    return out
+
+
+def make_batch(
+    rng: random.Random, encode: Encoder, fonts: Fonts, mix: Mix, pictures: int,
+    held_out: bool = False,
+) -> Batch:
+    """A batch of about ``pictures`` pictures."""
+    scenes: list[Scene] = []
+    groups: list[Group] = []
+    counts = range(1, len(mix.objects) + 1)
+    while len(scenes) < pictures:
+        layout = rng.choices(("first", "last", "around"), (0.8, 0.13, 0.07))[0]
+        at = len(scenes)
+        if mix.pairs and rng.random() < mix.pairs / (1 + mix.pairs) * 1.15:
+            pair = random_pair(rng, 4, held_out)
+            scenes += [pair.first, pair.second]
+            room = LENGTH - 2 * 67 - 36
+            turns = pair_turns(rng, pair, room, encode)
+            if layout != "first":
+                turns = turns[:1]
+            groups.append(build_group(rng, encode, [at, at + 1], turns, layout))
+            continue
+        kind = rng.random()
+        if kind < mix.text:
+            scene = text_scene(rng, mix.longest, held_out)
+        elif kind < mix.text + mix.nothing:
+            scene = nothing_scene(rng)
+        elif kind < mix.text + mix.nothing + mix.both:
+            scene = both_scene(rng, mix.longest, held_out)
+        else:
+            scene = object_scene(rng, rng.choices(counts, mix.objects)[0], held_out)
+        scenes.append(scene)
+        turns = single_turns(rng, scene, LENGTH - 67 - 36, encode)
+        if layout != "first":
+            turns = turns[:2]
+        groups.append(build_group(rng, encode, [at], turns, layout))
+    if rng.random() < 0.5:
+        chats = [[questions.no_picture(rng)] for _ in range(4)]
+        groups.append(build_group(rng, encode, [], chats, "none"))
+    drawn = [draw(scene, fonts) for scene in scenes]
+    labels = [object_labels(s, d) for s, d in zip(scenes, drawn, strict=True)]
+    rows, used = lay_out([g for g in groups if g.segments], LENGTH)
+    return Batch(
+        np.stack([np.asarray(d.image, np.uint8) for d in drawn]),
+        rows,
+        {name: np.stack([one[name] for one in labels]) for name in labels[0]},
+        used,
+        np.stack([d.ink for d in drawn]),
+    )

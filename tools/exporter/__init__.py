@@ -1,0 +1,1 @@
+"""Turns Hugging Face checkpoints into model folders of ONNX files, without torch."""
