@@ -24,8 +24,9 @@ from rkvlmd.actors.pipeline import Tools
 from rkvlmd.actors.prep import Prep
 from rkvlmd.actors.residency import Residency
 from rkvlmd.actors.scheduler import Scheduler
-from rkvlmd.errors import ManifestError
+from rkvlmd.errors import ManifestError, SettingsError
 from rkvlmd.front.control import serve_control
+from rkvlmd.front.control_socket import operator_gid
 from rkvlmd.front.http.serve import serve_http
 from rkvlmd.models import catalog, families
 from rkvlmd.settings import Settings
@@ -184,6 +185,10 @@ def _scan(settings: Settings) -> tuple[dict[str, catalog.Entry], list[ManifestEr
 def check(settings: Settings) -> list[str]:
     """Return every problem of the settings and of the manifests, each with its key."""
     problems = settings_module.check(settings)
+    try:
+        operator_gid(settings.control.operator_group)
+    except SettingsError as exc:
+        problems += exc.problems
     entries, broken = _scan(settings)
     problems += [f"{error.name}: {text}" for error in broken for text in error.problems]
     for key, names in (

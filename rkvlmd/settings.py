@@ -136,7 +136,7 @@ class PrepSettings:
 
     children: int = key(2, "most children", "processes", least=1)
     idle_seconds: float = key(60.0, "an idle child leaves after this", "seconds", least=0)
-    memory_bytes: int = key(1 << 30, "address space of one child", "bytes", least=128 << 20)
+    memory_bytes: int = key(1 << 30, "address space of one child", "bytes", least=256 << 20)
     job_seconds: float = key(20.0, "time for one picture or prompt", "seconds", least=0.1)
 
 

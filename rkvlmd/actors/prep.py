@@ -66,6 +66,7 @@ class Prep:
         self._make_child = make_child or self._default_child
         self._orders: deque[_Order] = deque()
         self._arrived = trio.Event()
+        self._quiet = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._workers = 0
         self._idle = 0
@@ -84,6 +85,12 @@ class Prep:
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             await trio.sleep_forever()
+
+    async def wait_idle(self) -> None:
+        """Return when no order waits and every child is idle or gone."""
+        while self._orders or self._idle < self._workers:
+            self._quiet = trio.Event()
+            await self._quiet.wait()
 
     @property
     def waiting(self) -> int:
@@ -157,6 +164,7 @@ class Prep:
         finally:
             self.children.pop(name, None)
             self._workers -= 1
+            self._quiet.set()
             if self._orders and self._nursery is not None and self._workers == 0:
                 self._wake()
 
@@ -174,6 +182,7 @@ class Prep:
         while child.alive:
             if not self._orders:
                 self._idle += 1
+                self._quiet.set()
                 with trio.move_on_after(self._settings.prep.idle_seconds) as idle:
                     while not self._orders and child.alive:
                         await self._wait_order(child)

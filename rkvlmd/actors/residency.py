@@ -272,9 +272,18 @@ class Residency(ModelTable):
         self.on_unload(record.name)
         if record.load is not None:
             record.load_scope.cancel(reason="unload")
-        async with self._lease.hold("", ""):
-            await self._take_down(record)
+        assert self._nursery is not None
+        done = trio.Event()
+        self._nursery.start_soon(self._unload_later, record, done, name=f"unload:{record.name}")
+        await done.wait()
         return self.model(record.name)
+
+    async def _unload_later(self, record: Record, done: trio.Event) -> None:
+        """An unload belongs to the daemon, like a load: who asked for it may leave."""
+        async with self._lease.hold("", ""):
+            if record.held:
+                await self._take_down(record)
+        done.set()
 
     def _set(self, record: Record, state: ModelState) -> None:
         record.state = state

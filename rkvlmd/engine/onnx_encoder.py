@@ -15,6 +15,9 @@ from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
 from rkvlmd.wire import child
 
+#: The input that says which pixels are the picture: all of them here.
+MASK = "pixel_attention_mask"
+
 
 class OnnxEncoder:
     """``EncoderBackend`` over a ``vision_encoder.onnx``.
@@ -27,7 +30,7 @@ class OnnxEncoder:
     def __init__(self) -> None:
         self._session: ort.InferenceSession | None = None
         self._entry: manifests.Encoder | None = None
-        self._mask: str | None = None
+        self._mask: tuple[int, ...] = ()
         self._key = ""
 
     def load(self, order: child.Load, progress: Progress) -> dict[str, Any]:
@@ -48,7 +51,10 @@ class OnnxEncoder:
         self._session, self._entry = session, entry
         progress(0.7, "first run")
         shape = _chw(entry)
-        rows = self._run(np.zeros(shape, np.uint8 if entry.baked else np.float32))
+        try:
+            rows = self._run(np.zeros(shape, np.uint8 if entry.baked else np.float32))
+        except RkvlmdError as exc:
+            raise RkvlmdError("invalid_model", f"{self._key}.file: its first run failed.") from exc
         self._compare(rows, entry)
         return {
             "libraries": {"onnxruntime": ort.__version__},
@@ -93,8 +99,8 @@ class OnnxEncoder:
         value = pixels.reshape((1,) * lead + chw)
         value = np.ascontiguousarray(value, dtype=common.dtype_of(arg, self._key))
         feeds: dict[str, npt.NDArray[Any]] = {arg.name: value}
-        if self._mask is not None:
-            feeds[self._mask] = np.ones((1, 1, entry.height, entry.width), np.bool_)
+        if self._mask:
+            feeds[MASK] = np.ones(self._mask, np.bool_)
         try:
             found = session.run(None, feeds)
         except common.RUN_ERRORS as exc:
@@ -104,16 +110,16 @@ class OnnxEncoder:
 
     def _check(self, session: ort.InferenceSession, entry: manifests.Encoder) -> None:
         pixels = _pixels(session, self._key)
-        others = [arg.name for arg in session.get_inputs() if arg.name != pixels.name]
-        self._mask = "pixel_attention_mask" if "pixel_attention_mask" in others else None
-        if unknown := set(others) - {"pixel_attention_mask"}:
+        others = {arg.name: arg for arg in session.get_inputs() if arg.name != pixels.name}
+        if unknown := set(others) - {MASK}:
             raise common.unknown_inputs(f"{self._key}.file", list(unknown))
-        first, height, width = _chw(entry).index(3), entry.height, entry.width
-        sizes = list(pixels.shape)[-3:]
-        places = (1, 2) if first == 0 else (0, 1)
-        common.agree(f"{self._key}.layout ({entry.layout})", "the channels", sizes[first], 3)
-        common.agree(f"{self._key}.height", "the height", sizes[places[0]], height)
-        common.agree(f"{self._key}.width", "the width", sizes[places[1]], width)
+        if MASK in others:
+            ones = (1,) * (len(others[MASK].shape) - 2)
+            self._mask = (*ones, entry.height, entry.width)
+        sizes = dict(zip(entry.layout[1:], list(pixels.shape)[-3:], strict=True))
+        common.agree(f"{self._key}.layout ({entry.layout})", "the channels", sizes["c"], 3)
+        common.agree(f"{self._key}.height", "the height", sizes["h"], entry.height)
+        common.agree(f"{self._key}.width", "the width", sizes["w"], entry.width)
         if len(session.get_outputs()) < entry.outputs:
             common.agree(f"{self._key}.outputs", "the number of outputs",
                          len(session.get_outputs()), entry.outputs)  # fmt: skip

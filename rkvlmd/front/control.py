@@ -1,7 +1,7 @@
 """The control socket: who may call, what each call does, and its progress.
 
-Administration exists here alone, never on TCP. A load belongs to the daemon:
-a caller that goes away stops watching and nothing else.
+Administration exists here alone, never on TCP. A load and an unload belong to
+the daemon: a caller that goes away stops watching and nothing else.
 """
 
 from __future__ import annotations
@@ -96,16 +96,17 @@ async def serve_control(
 
     """
     operators = control_socket.operator_gid(house.settings.control.operator_group)
-    server = _Server(house, operators)
     with control_socket.bound(path) as listener:
-        async with listener:
+        async with listener, trio.open_nursery() as unloads:
+            server = _Server(house, operators, unloads)
             task_status.started(path)
             await trio.serve_listeners(server.serve, [listener])
 
 
 class _Server:
-    def __init__(self, house: House, operator_gid: int | None) -> None:
+    def __init__(self, house: House, operator_gid: int | None, unloads: trio.Nursery) -> None:
         self._house = house
+        self._unloads = unloads
         self._operator_gid = operator_gid
         self._own_uid = control_socket.own_uid()
         self._open = 0
@@ -126,7 +127,9 @@ class _Server:
             return
         self._open += 1
         try:
-            connection = _Connection(stream, limits, _Calls(self._house, peer, tier).answer)
+            connection = _Connection(
+                stream, limits, _Calls(self._house, peer, tier, self._unloads).answer
+            )
             await connection.run()
         finally:
             self._open -= 1
@@ -235,10 +238,13 @@ class _Connection:
 class _Calls:
     """What one peer's calls do."""
 
-    def __init__(self, house: House, peer: control.Peer, tier: control.Tier) -> None:
+    def __init__(
+        self, house: House, peer: control.Peer, tier: control.Tier, unloads: trio.Nursery
+    ) -> None:
         self._house = house
         self._peer = peer
         self._tier = tier
+        self._unloads = unloads
 
     async def answer(self, call: control.Call, say: Say) -> bytes:
         """Do ``call``; return the line that answers it, which may be an error."""
@@ -276,7 +282,7 @@ class _Calls:
             case "load":
                 return await self._watch(call.params["model"], house.residency.load, say)
             case "unload":
-                return await self._watch(call.params["model"], house.residency.unload, say)
+                return await self._watch(call.params["model"], self._unload, say)
             case _:
                 return self._cancel(call.params["id"])
 
@@ -292,6 +298,28 @@ class _Calls:
         log.info("%r of uid %d, pid %d", what, self._peer.uid, self._peer.pid)
         if call.method == "load" and self._house.stopping:
             raise RkvlmdError("shutting_down", "the server is stopping")
+
+    async def _unload(self, name: str) -> ModelView:
+        """Unload in the server's nursery: half an unload would leave a model that is held."""
+        if len(self._unloads.child_tasks) >= self._house.settings.control.max_connections:
+            raise RkvlmdError("server_is_overloaded", "too many unloads are under way")
+        done = trio.Event()
+        failed: Exception | None = None
+
+        async def unload() -> None:
+            nonlocal failed
+            try:
+                await self._house.residency.unload(name)
+            except Exception as error:  # noqa: BLE001 - raised again where the caller waits
+                failed = error
+            finally:
+                done.set()
+
+        self._unloads.start_soon(unload, name=f"unload {name}")
+        await done.wait()
+        if failed is not None:
+            raise failed
+        return self._house.residency.model(name)
 
     def _cancel(self, job: str) -> dict[str, Any]:
         if not self._house.scheduler.cancel(job):

@@ -138,7 +138,7 @@ def test_room_without_a_cgroup(tmp_path: Path) -> None:
 def test_load_admission_counts_what_the_swap_frees() -> None:
     room = memory.Room(1_000_000_000, None)
     memory.admit("m", need=1_500_000_000, freed=900_000_000, reserve=300_000_000, now=room)
-    with pytest.raises(RkvlmdError, match="needs 1500 MB .* only 1200 MB"):
+    with pytest.raises(RkvlmdError, match=r"needs 1500 MB .* only 1200 MB"):
         memory.admit("m", need=1_500_000_000, freed=500_000_000, reserve=300_000_000, now=room)
 
 

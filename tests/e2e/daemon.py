@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+ROOT = Path(__file__).parents[2]
 #: Longest wait for anything of a daemon, seconds.
 PATIENCE = 30.0
 
@@ -55,7 +56,7 @@ class Daemon:
 @contextmanager
 def running(
     tmp: Path, models: Path, *, options: Sequence[str] = (), python: Sequence[str] = (),
-    module: str = "rkvlmd", config: str = "",
+    module: Sequence[str] = ("rkvlmd",), config: str = "",
 ) -> Iterator[Daemon]:  # fmt: skip
     """Start a daemon; kill it at the end if it still runs."""
     (tmp / "rkvlmd.toml").write_text(config)
@@ -63,11 +64,11 @@ def running(
     with open(tmp / "log", "wb") as log:
         process = subprocess.Popen(
             [
-                sys.executable, *python, "-m", module, "--config", str(tmp / "rkvlmd.toml"),
+                sys.executable, *python, "-m", *module, "--config", str(tmp / "rkvlmd.toml"),
                 "--http", "127.0.0.1:0", "--control", str(control), "--models", str(models),
                 "--state", str(tmp / "state"), *options,
             ],
-            stdout=subprocess.PIPE, stderr=log,
+            stdout=subprocess.PIPE, stderr=log, cwd=ROOT,
         )  # fmt: skip
     daemon = None
     try:

@@ -197,6 +197,33 @@ async def test_caller_of_a_load_that_leaves_stops_the_watching_only(path):
             assert "result" in await peer.call("version")
 
 
+async def test_caller_of_an_unload_that_leaves_does_not_stop_it(path):
+    house = FakeHouse()
+    async with serving(house, path):
+        async with caller(path) as peer:
+            await peer.send("unload", {"model": "demo"})
+            await waits_for_load(house)
+        for share in (0.1, 0.2, 0.3):  # its next line does not reach it
+            house.residency.change("demo", progress=share)
+            await trio.testing.wait_all_tasks_blocked()
+        assert house.residency.waiters == 1
+        house.residency.finish("demo", ModelState.ABSENT)
+        await trio.testing.wait_all_tasks_blocked()
+        assert house.residency.waiters == 0
+
+
+async def test_unload_that_fails_is_told(path):
+    house = FakeHouse()
+    async with serving(house, path), caller(path) as peer:
+        await peer.send("unload", {"model": "demo"})
+        await waits_for_load(house)
+        house.residency.fail("demo", RkvlmdError("server_error", "it does not leave"))
+        answer = await peer.line()
+        while "error" not in answer:
+            answer = await peer.line()
+        assert answer["error"]["data"]["code"] == "server_error"
+
+
 async def test_half_closed_caller_gets_its_answers(path):
     async with serving(FakeHouse(), path), caller(path) as peer:
         await peer.send("version")

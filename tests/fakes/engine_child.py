@@ -39,7 +39,9 @@ class Peer:
         built["fds"] = len(fds)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         frame = frames.encode(built)
-        self.sock.sendall(frame[self.sock.sendmsg([frame], rights) :])
+        sent = self.sock.sendmsg([frame], rights)
+        if sent < len(frame):  # else sending nothing would fail, where the child died of this
+            self.sock.sendall(frame[sent:])
         for fd in fds:
             os.close(fd)
 

@@ -62,6 +62,29 @@ class FakeResidency:
         return self.can_serve
 
 
+class WatchedSlot:
+    """A slot that tells its scheduler when it is given back."""
+
+    def __init__(self, slot: Slot, scheduler: FakeScheduler) -> None:
+        self._slot = slot
+        self._scheduler = scheduler
+        self.client = slot.client
+
+    def resize(self, size: int) -> None:
+        self._slot.resize(size)
+
+    def own(self) -> None:
+        self._slot.owned = True
+
+    def release(self) -> None:
+        self._slot.release()
+        self._scheduler.changed()
+
+    def close(self) -> None:
+        self._slot.close()
+        self._scheduler.changed()
+
+
 class FakeScheduler:
     """Admits like the real one; a job's work is ``script``, in its own task and scope."""
 
@@ -72,13 +95,26 @@ class FakeScheduler:
         self.requests: list[ChatRequest] = []
         self._house = house
         self._nursery = jobs
+        self._change = trio.Event()
 
-    def reserve(self, client: str, size: int) -> Slot:
+    def changed(self) -> None:
+        """Wake those who wait for a change."""
+        self._change.set()
+        self._change = trio.Event()
+
+    async def until(self, *, admitted: int, submitted: int = 0) -> None:
+        """Wait until so many requests are admitted, and at least so many were submitted."""
+        while self.gate.jobs != admitted or len(self.jobs) < submitted:
+            await self._change.wait()
+
+    def reserve(self, client: str, size: int) -> WatchedSlot:
         if self._house.stopping:
             raise RkvlmdError("shutting_down", "The server is stopping.", retry_after=5)
-        return self.gate.enter(client, size)
+        slot = WatchedSlot(self.gate.enter(client, size), self)
+        self.changed()
+        return slot
 
-    def submit(self, slot: Slot, request: ChatRequest, *, request_id: str) -> Job:
+    def submit(self, slot: WatchedSlot, request: ChatRequest, *, request_id: str) -> Job:
         if self._house.stopping:
             raise RkvlmdError("shutting_down", "The server is stopping.", retry_after=5)
         model = self._house.residency.model(request.model)
@@ -91,13 +127,13 @@ class FakeScheduler:
             submitted=now,
             model=model.name,
         )
-        slot.owned = True
+        slot.own()
         self.jobs.append(job)
         self.requests.append(request)
         self._nursery.start_soon(self._run, job, slot)
         return job
 
-    async def _run(self, job: Job, slot: Slot) -> None:
+    async def _run(self, job: Job, slot: WatchedSlot) -> None:
         try:
             with job.scope:
                 await self.script(job)
@@ -146,7 +182,8 @@ async def running(
         await nursery.start(serve)
         yield house
         house.stop.set()
-        await house.stopped.wait()
+        with trio.fail_after(60):
+            await house.stopped.wait()
         nursery.cancel_scope.cancel()
 
 

@@ -272,6 +272,16 @@ async def test_unload_ends_queued_jobs_and_lets_the_running_one_end(tmp_path: Pa
         assert text.endswith("t15")
 
 
+async def test_unload_survives_its_waiter(tmp_path: Path) -> None:
+    async with open_house(tmp_path) as house:
+        await house.residency.load("scripted")
+        with trio.move_on_after(0):
+            await house.residency.unload("scripted")
+        with trio.fail_after(30):
+            while house.residency.model("scripted").state is not ModelState.ABSENT:
+                await house.residency.wait_change()
+
+
 async def test_load_joins_a_load_and_survives_its_waiter(tmp_path: Path) -> None:
     async with open_house(tmp_path, scripts=Scripts({}, {"load_seconds": 0.3}, {})) as house:
         with trio.move_on_after(0.1):
@@ -325,10 +335,7 @@ async def test_two_hundred_clients_that_leave(tmp_path: Path) -> None:
             job.abandon("client_gone")
         with trio.fail_after(10):
             await good(house)
-        while house.tools.prep.waiting or any(
-            c.due < 1e9 for c in house.tools.prep.children.values()
-        ):
-            await trio.sleep(0.01)
+        await house.tools.prep.wait_idle()
         assert descriptors() <= before + 1
     assert Blob.live == 0
 

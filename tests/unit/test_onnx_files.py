@@ -185,6 +185,18 @@ def test_pictures_of_rank_four_and_five_with_and_without_mask(
         assert rows[:, 0].tolist() == [2, 12, 22, 32]
 
 
+def test_a_file_whose_first_run_fails_is_not_a_model(folder: Path) -> None:
+    path = folder / "vision_encoder.onnx"
+    inputs = [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["n", 3, "h", "w"])]
+    size = onnx.numpy_helper.from_array(np.array([7, 6]), "size")
+    nodes = [helper.make_node("Reshape", ["pixel_values", "size"], ["rows"])]
+    outs = [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["t", 6])]
+    save(path, nodes, inputs, outs, [size])
+    with pytest.raises(RkvlmdError, match=r"^encoders\[0\].file: its first run failed.$") as caught:
+        load(OnnxEncoder(), folder, encoder_tree(folder))
+    assert caught.value.code == "invalid_model"
+
+
 def test_several_outputs_lie_side_by_side_in_each_row(folder: Path) -> None:
     vision(folder / "vision_encoder.onnx", 4, outputs=3)
     encoder = load(OnnxEncoder(), folder, encoder_tree(folder, outputs=3))

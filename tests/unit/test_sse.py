@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -20,7 +21,7 @@ def feed(data: bytes, cuts: list[int]) -> list[bytes]:
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
     return [
         event
-        for start, end in zip(places, places[1:], strict=False)
+        for start, end in itertools.pairwise(places)
         for event in decoder.feed(data[start:end])
     ]
 

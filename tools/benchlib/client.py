@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from rkvlmd.wire import sse
 
@@ -52,11 +52,15 @@ class Stream:
         self.sent_at = 0
         self.ended = False
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._sock.close()
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to wait on."""
+        return self._sock.fileno()
 
     def send(self) -> None:
         """Send the request."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,13 +97,3 @@ def table(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(row) + " |")
     lines += [f"| {name} | not measured: {why} | | |" for name, why in report["missing"].items()]
     return "\n".join(lines) + "\n"
-
-
-def plain(figures: Iterable[Figure]) -> list[dict[str, Any]]:
-    """Return figures as JSON shows them."""
-    return [figure.as_json() for figure in figures]
-
-
-def public(result: Any) -> dict[str, Any]:
-    """Return a dataclass as a dictionary."""
-    return dataclasses.asdict(result)

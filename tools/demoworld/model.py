@@ -56,6 +56,10 @@ class Trainee(nn.Module):
             {k: nn.Linear(text.hidden_size, n) for k, n in TOKEN_HEADS.items()}
         )
         self.ink_head = nn.Linear(vision.hidden_size, PATCH * PATCH)
+        self.box_head = nn.Linear(vision.hidden_size, 4)
+        self.early_heads = nn.ModuleDict(
+            {k: nn.Linear(vision.hidden_size, PATCH_HEADS[k]) for k in ("shape", "char")}
+        )
         self._start()
 
     @torch.no_grad()
@@ -95,8 +99,8 @@ class Trainee(nn.Module):
                       *self.vlm.model.text_model.layers):
             layer.compile(dynamic=True)
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features half-way, patch features and image tokens of pictures, uint8.
+    def see(self, pixels: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Each layer's features, patch features and image tokens of pictures, uint8.
 
         The same arithmetic as the vision tower of transformers, without its bookkeeping.
         """
@@ -105,11 +109,10 @@ class Trainee(nn.Module):
         conv = core.embeddings.patch_embedding
         h = F.linear(x, conv.weight.flatten(1), conv.bias)
         h = h + core.embeddings.position_embedding.weight
-        early = h
-        for i, layer in enumerate(core.encoder.layers):
+        early = []
+        for layer in core.encoder.layers:
             h = layer(h, None)
-            if i == 1:
-                early = h
+            early.append(h)
         h = core.post_layernorm(h)
         return early, h, self.vlm.model.connector(h)
 
@@ -131,9 +134,17 @@ class Trainee(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The answers' loss, the auxiliary losses and the logits at the targets."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-            early, patches, image = (x.float() for x in self.see(batch["pixels"]))
+            early, patches, image = self.see(batch["pixels"])
+            patches, image = patches.float(), image.float()
             hidden = self.hidden(batch, image).float()
-        aux = {"ink": F.binary_cross_entropy_with_logits(self.ink_head(early), batch["ink"]) * 2}
+        ink = self.ink_head(early[1].float())
+        aux = {"ink": F.binary_cross_entropy_with_logits(ink, batch["ink"]) * 2}
+        known = ~batch["boxes"][..., 0].isnan()
+        if known.any():
+            boxes = self.box_head(early[2].float()[known])
+            aux["box"] = F.smooth_l1_loss(boxes, batch["boxes"][known], beta=0.1) * 3
+        for name, head in self.early_heads.items():
+            aux[f"early_{name}"] = _weighted(head(early[2].float()), batch[name], True) * 0.5
         for name, head in self.patch_heads.items():
             aux[name] = _weighted(head(patches), batch[name], True)
         for name, head in self.token_heads.items():
@@ -191,6 +202,7 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
     if batch.ink is not None:
         s = SIDE_PATCHES
         ink = torch.from_numpy(batch.ink).view(-1, s, PATCH, s, PATCH).permute(0, 1, 3, 2, 4)
+        out["boxes"] = torch.from_numpy(batch.boxes)
         out["ink"] = ink.reshape(len(ink), s * s, PATCH * PATCH).to(torch.float32)
     return out
 

@@ -51,6 +51,7 @@ class Batch:
     labels: dict[str, Longs]
     used: int  # tokens that are not padding
     ink: npt.NDArray[np.bool_] | None = None  # (pictures, SIDE, SIDE)
+    boxes: npt.NDArray[np.float32] | None = None  # (pictures, PATCHES, 4), NaN where none
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,34 @@ def object_labels(scene: Scene, drawn: Drawn) -> dict[str, Longs]:
     return out
 
 
+def part_boxes(drawn: Drawn) -> npt.NDArray[np.float32]:
+    """For each patch, the box of the object or character that covers most of it.
+
+    The four numbers are the way from the patch to the box's centre and the box's width and
+    height, in quarters of the picture.
+    """
+    out = np.full((PATCHES, 4), np.nan, np.float32)
+    covered = np.zeros(PATCHES, np.int64)
+    middle = (np.arange(SIDE_PATCHES) + 0.5) * PATCH
+    blocks = (SIDE_PATCHES, PATCH, SIDE_PATCHES, PATCH)
+    for layers, least in ((drawn.objects, 8), (drawn.chars, 20)):
+        for index in range(1, int(layers.max()) + 1):
+            mask = layers == index
+            if not mask.any():
+                continue
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            x0, x1, y0, y1 = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
+            cover = mask.reshape(blocks).sum((1, 3)).reshape(-1)
+            better = (cover >= least) & (cover > covered)
+            covered = np.where(better, cover, covered)
+            box = np.empty((SIDE_PATCHES, SIDE_PATCHES, 4), np.float32)
+            box[..., 0] = (x0 + x1) / 2 - middle[None, :]
+            box[..., 1] = (y0 + y1) / 2 - middle[:, None]
+            box[..., 2:] = x1 - x0, y1 - y0
+            out[better] = box.reshape(PATCHES, 4)[better] / (SIDE / 4)
+    return out
+
+
 def make_batch(
     rng: random.Random, encode: Encoder, fonts: Fonts, mix: Mix, pictures: int,
     held_out: bool = False,
@@ -241,4 +270,5 @@ def make_batch(
         {name: np.stack([one[name] for one in labels]) for name in labels[0]},
         used,
         np.stack([d.ink for d in drawn]),
+        np.stack([part_boxes(d) for d in drawn]),
     )

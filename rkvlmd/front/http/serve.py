@@ -107,7 +107,7 @@ class _Server:
                 connections.cancel_scope.cancel(reason="stop")
                 # A send to a client that takes nothing is shielded from that; closing wakes it.
                 for stream in self._open:
-                    pass
+                    stream.socket.close()
 
     async def _accept(self, connections: trio.Nursery) -> None:
         await trio.serve_listeners(self._connection, self._listeners, handler_nursery=connections)

@@ -1,0 +1,169 @@
+"""Pictures in a request: where they may be, in which form, and what is never read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rkvlmd.errors import RkvlmdError
+from rkvlmd.messages import ChatRequest, PicturePart, PictureSource, TextPart
+from rkvlmd.settings import Settings
+from rkvlmd.wire.openai import parse_chat
+
+SETTINGS = Settings()
+REMOTE = replace(SETTINGS, media=replace(SETTINGS.media, remote=True))
+PNG = "iVBORw0KGgo" + "A" * 80
+URI = f"data:image/png;base64,{PNG}"
+
+
+def parse(body: Any, settings: Settings = SETTINGS) -> ChatRequest:
+    return parse_chat(json.dumps(body).encode(), settings)
+
+
+def message(content: Any, settings: Settings = SETTINGS, **more: Any) -> ChatRequest:
+    return parse({"messages": [{"role": "user", "content": content, **more}]}, settings)
+
+
+def refused(code: str, param: str | None, call: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(RkvlmdError) as caught:
+        call(*args, **kwargs)
+    error = caught.value
+    assert (error.code, error.param) == (code, param), error.message
+    assert error.status == 400
+    return error.message
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": URI, "detail": "low"}},
+        {"type": "image_url", "image_url": URI},
+        {"type": "input_image", "image_url": URI, "detail": "original"},
+        {"type": "input_image", "image_url": {"url": URI}},
+        {"type": "image_url", "image_url": {"url": f"\n {URI} "}},
+        {"type": "image_url", "image_url": {"url": PNG}},
+        *(
+            {"type": "image_url", "image_url": {"url": f"{head},{PNG}"}}
+            for head in (
+                "data:;base64", "DATA:IMAGE/PNG;BASE64", "data:text/html;base64", "data:x;base64",
+                "data:application/octet-stream;charset=utf-8;base64", "data:image/jpeg; base64",
+                "data:image/png;base64;x=y",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_pictures_are_found(part: Any) -> None:
+    request = message([{"type": "input_text", "text": "a"}, part, {"type": "text", "text": "b"}])
+    field = "messages[0].content[1].image_url"
+    assert request.pictures == (PictureSource("base64", PNG, field),)
+    assert request.turns[0].parts == (TextPart("a"), PicturePart(0), TextPart("b"))
+
+
+def test_each_picture_keeps_its_place_and_its_turn() -> None:
+    picture = {"type": "image_url", "image_url": URI}
+    text = {"type": "text", "text": "x"}
+    request = parse(
+        {
+            "messages": [
+                {"role": "user", "content": [picture, text, picture]},
+                {"role": "assistant", "content": "y"},
+                {"role": "user", "content": "z", "images": [PNG]},
+            ]
+        }
+    )
+    assert [t.parts for t in request.turns] == [
+        (PicturePart(0), TextPart("x"), PicturePart(1)),
+        (TextPart("y"),),
+        (PicturePart(2), TextPart("z")),
+    ]
+    assert [p.field for p in request.pictures] == [
+        "messages[0].content[0].image_url",
+        "messages[0].content[2].image_url",
+        "messages[2].images[0]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "parts"),
+    [
+        ("hi", "AB", ("A", "B", "hi")),
+        ("x<|image|>y", "A", ("x", "A", "y")),
+        ("<|image|><|image|>", "AB", ("A", "B")),
+        ("1<|image|>2<|image|>3", "AB", ("1", "A", "2", "B", "3")),
+        # surplus marks are plain text
+        ("1<|image|>2<|image|>3", "A", ("1", "A", "2<|image|>3")),
+        ("a<|image|>b", "", ("a<|image|>b",)),
+        # surplus pictures come first
+        ("1<|image|>2", "ABC", ("B", "C", "1", "A", "2")),
+        (None, "A", ("A",)),
+        ("", "A", ("A",)),
+        ([{"type": "text", "text": "<|image|>"}], "A", ("A", "<|image|>")),
+        ([], "A", ("A",)),
+    ],
+)
+def test_the_simple_form(content: Any, images: str, parts: tuple[str, ...]) -> None:
+    sources = {letter: letter * 70 for letter in images}
+    request = message(content, images=list(sources.values()))
+    names = {text: letter for letter, text in sources.items()}
+    found = [
+        part.text if isinstance(part, TextPart) else names[request.pictures[part.index].data]
+        for part in request.turns[0].parts
+    ]
+    assert tuple(found) == parts
+
+
+def test_the_simple_form_takes_data_uris_and_any_base64() -> None:
+    jpeg = "/9j/" + "A" * 80
+    request = message("x", images=[URI, jpeg, "!!garbage!!", "ab\ncd"])
+    assert [p.data for p in request.pictures] == [PNG, jpeg, "!!garbage!!", "ab\ncd"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "file:///etc/passwd", "FILE:/etc/passwd", "/etc/passwd", "/etc/" + "x" * 100, "./a.png",
+        "../a", "~/a.png", "C:\\a.png", "c:/a", "\\\\host\\share", "ftp://x/a.png", "gopher://x",
+        "javascript:alert(1)", "blob:http://x/1", "data:image/png,abc", "data:image/png;base64",
+        "data:", "data:;base64" + ";x" * 2000 + ",AAAA", "http+unix://x",
+    ],
+)  # fmt: skip
+def test_sources_that_are_never_read(source: str) -> None:
+    for settings in (SETTINGS, REMOTE):
+        part = {"type": "image_url", "image_url": {"url": source}}
+        param = "messages[0].content[0].image_url"
+        refused("invalid_image_url", param, message, [part], settings)
+        part = {"type": "input_image", "image_url": source}
+        refused("invalid_image_url", param, message, [part], settings)
+        param = "messages[0].images[0]"
+        text = refused("invalid_image_url", param, message, "x", settings, images=[source])
+        assert "passwd" not in text
+
+
+@pytest.mark.parametrize("source", ["image.png", "a/b", "pictures/of/cats", "x" * 63])
+def test_short_names_are_not_base64(source: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": source}}
+    refused("invalid_image_url", "messages[0].content[0].image_url", message, [part])
+
+
+def test_remote_pictures() -> None:
+    part = {"type": "image_url", "image_url": {"url": "HTTPS://example.org/a.png"}}
+    field = "messages[0].content[0].image_url"
+    assert "media.remote" in refused("invalid_image_url", field, message, [part])
+    assert message([part], REMOTE).pictures == (
+        PictureSource("url", "HTTPS://example.org/a.png", field),
+    )
+    assert message("x", REMOTE, images=["http://a/b"]).pictures[0].kind == "url"
+    part = {"type": "image_url", "image_url": "http://" + "x" * 9000}
+    refused("invalid_image_url", field, message, [part], REMOTE)
+
+
+def test_empty_and_too_many_pictures() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64, "}}
+    refused("empty_image_file", "messages[0].content[0].image_url", message, [part])
+    text = refused("too_many_images", "messages[0].images[16]", message, "x", images=[PNG] * 17)
+    assert "media.max_images" in text
+    parts = [{"type": "image_url", "image_url": URI}] * 17
+    refused("too_many_images", "messages[0].content[16].image_url", message, parts)

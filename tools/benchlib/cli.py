@@ -1,0 +1,118 @@
+"""The command line of ``tools/bench``: which figures, and how they are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import first_token, idle, jpeg, machine, token_latency
+from .figures import BenchError, Figure, table
+
+Measure = Callable[[argparse.Namespace], list[Figure]]
+
+
+def _idle(args: argparse.Namespace) -> list[Figure]:
+    return idle.run(runs=args.runs or idle.RUNS, models=args.models, model=args.model)
+
+
+def _first_token(args: argparse.Namespace) -> list[Figure]:
+    repeats = args.repeats or first_token.REPEATS
+    return first_token.run(repeats=repeats, models=args.models, model=args.model)
+
+
+def _token_latency(args: argparse.Namespace) -> list[Figure]:
+    return token_latency.run(
+        tokens=args.tokens or token_latency.TOKENS,
+        waiting=args.waiting or token_latency.WAITING,
+        runs=args.runs or token_latency.RUNS,
+    )
+
+
+def _decode_speed(_: argparse.Namespace) -> list[Figure]:
+    from . import decode_speed
+
+    found = decode_speed.run()
+    name = "decoding, best of the CPU engine against transformers"
+    return [Figure(name, found["best_ratio"], "x", least=decode_speed.GOAL, detail=found)]
+
+
+def _jpeg(args: argparse.Namespace) -> list[Figure]:
+    return jpeg.run(repeats=args.repeats or jpeg.REPEATS)
+
+
+MEASURES: dict[str, tuple[Measure, str]] = {
+    "idle": (_idle, "the daemon at rest: memory, time to listen, time to load a model"),
+    "first-token": (_first_token, "from a request with a picture to the first token"),
+    "token-latency": (_token_latency, "from a token leaving the child to the client's socket"),
+    "decode-speed": (_decode_speed, "tokens per second of the CPU engine beside others"),
+    "jpeg": (_jpeg, "a 12-megapixel JPEG to encoder input"),
+}
+#: Largest number that an option takes.
+_MOST = 100_000
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; return the exit status: 0, or 1 where something could not be measured."""
+    args = _parser().parse_args(argv)
+    if args.models is not None:
+        args.models = args.models.resolve()
+    chosen = list(MEASURES) if args.command == "all" else [args.command]
+    report: dict[str, Any] = {
+        "machine": machine.describe(args.machine),
+        "versions": machine.versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "note": args.note,
+        "figures": [],
+        "missing": {},
+    }
+    for name in chosen:
+        print(f"bench: {name} ...", file=sys.stderr, flush=True)
+        try:
+            figures = MEASURES[name][0](args)
+        except (BenchError, ImportError) as exc:
+            report["missing"][name] = str(exc)
+        else:
+            report["figures"] += [figure.as_json() for figure in figures]
+    print(table(report) if args.markdown else json.dumps(report, indent=2))
+    return 1 if report["missing"] else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench",
+        description="Measure rkvlmd on this machine. Every figure has its target beside it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="FIGURE")
+    for name, (_, words) in MEASURES.items():
+        _options(commands.add_parser(name, help=words, description=words))
+    _options(commands.add_parser("all", help="all of them, one after the other"))
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print a table instead of JSON")
+    parser.add_argument("--machine", default="", help="name of the machine; default: made up")
+    parser.add_argument("--note", default="", help="a sentence to print with the figures")
+    parser.add_argument(
+        "--models", type=Path, help="folder of model folders; default: the demo model alone"
+    )
+    parser.add_argument("--model", default="", help="name of the model; default: the first")
+    for option, words in (
+        ("--runs", "how often idle and token-latency measure"),
+        ("--repeats", "requests of first-token, decodings of jpeg"),
+        ("--tokens", "tokens of each run of token-latency"),
+        ("--waiting", "clients that wait in token-latency"),
+    ):
+        parser.add_argument(option, type=_count, metavar="N", help=words)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= _MOST:
+        raise argparse.ArgumentTypeError(f"must be 1 to {_MOST}")
+    return value
