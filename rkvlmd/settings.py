@@ -96,7 +96,7 @@ class ModelsSettings:
     """Which models there are."""
 
     dir: str = key("", "folder of model folders; empty: STATE/models")
-    default: str = key("", "model for requests that name none; empty: the only or first one")
+    default: str = key("", "model for requests that name none; empty: the loaded one, else the first")
     demo: bool = key(True, "offer the demo model of the package")
     preload: tuple[str, ...] = key([], "models to load at start")
     on_demand: bool = key(True, "a request may cause the load or swap of an installed model")

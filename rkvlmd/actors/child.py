@@ -115,12 +115,33 @@ class Child:
           ChildDiedError: it went before it said hello.
 
         """
-        ours, theirs = socket.socketpair()
-        self._channel = channel = Channel(ours)
         how = "stopped"
         try:
-            async with trio.open_nursery() as nursery:
-                with theirs:
+            how = await self._from_start_to_end(task_status)
+        finally:
+            if self._channel is not None:
+                self._channel.close()
+            self.due = self.beat_at = math.inf
+            planned = self._killed_for is not None or how == "stopped"
+            self.death = ChildDiedError(self.name, how, self.last_words, planned=planned)
+            self.dead.set()
+            self._inbox.close()
+            self._drop_inbox()
+        if self.hello is None:
+            raise self.death
+        level = logging.INFO if planned else logging.ERROR
+        log.log(level, "%s (pid %d): %s", self.name, self.pid, how)
+
+    async def _from_start_to_end(self, task_status: trio.TaskStatus[None]) -> str:
+        """Start the process, listen to it, reap it; return how it ended."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as exc:
+            return f"could not be started: {exc.strerror}"
+        self._channel = channel = Channel(ours)
+        async with trio.open_nursery() as nursery:
+            with theirs:
+                try:
                     process: trio.Process = await nursery.start(
                         partial(
                             trio.run_process,
@@ -134,35 +155,24 @@ class Child:
                             deliver_cancel=self._leave_or_die,
                         )
                     )
-                self.pid = process.pid
-                nursery.start_soon(self._keep_tail, process, name=f"{self.name} output")
-                with self._pumping:
-                    protocol = await self._pump(channel, task_status)
-                    if protocol is not None:
-                        self._fail(protocol)
-                with trio.move_on_after(self._settings.grace_seconds):
-                    await process.wait()
-                if process.returncode is None:
-                    self._fail("closed its socket and stayed")
-                    await process.wait()
-                how = self._killed_for or self._fault or _describe(process.returncode)
-                # Let the last words arrive; a grandchild that holds the pipe must not keep us.
-                with trio.move_on_after(1):
-                    await self._output_ended.wait()
-                nursery.cancel_scope.cancel(reason=f"{self.name} is gone")
-        finally:
-            channel.close()
-            self.due = self.beat_at = math.inf
-            planned = self._killed_for is not None or how == "stopped"
-            self.death = ChildDiedError(self.name, how, self.last_words, planned=planned)
-            self.dead.set()
-            self._inbox.close()
-            self._drop_inbox()
-        if self.hello is None:
-            raise self.death
-        log.log(
-            logging.INFO if planned else logging.ERROR, "%s (pid %d): %s", self.name, self.pid, how
-        )
+                except OSError as exc:  # no memory, no descriptors, no processes left
+                    return f"could not be started: {exc.strerror}"
+            self.pid = process.pid
+            nursery.start_soon(self._keep_tail, process, name=f"{self.name} output")
+            with self._pumping:
+                protocol = await self._pump(channel, task_status)
+                if protocol is not None:
+                    self._fail(protocol)
+            with trio.move_on_after(self._settings.grace_seconds):
+                await process.wait()
+            if process.returncode is None:
+                self._fail("closed its socket and stayed")
+                await process.wait()
+            # Let the last words arrive; a grandchild that holds the pipe must not keep us.
+            with trio.move_on_after(1):
+                await self._output_ended.wait()
+            nursery.cancel_scope.cancel(reason=f"{self.name} is gone")
+        return self._killed_for or self._fault or _describe(process.returncode)
 
     def _drop_inbox(self) -> None:
         while True:

@@ -47,7 +47,9 @@ class House:
 
     def healthy(self) -> bool:
         """Whether no child is past a deadline that should have ended it."""
-        return not self.residency.overdue(WATCHDOG_SLACK)
+        late = trio.current_time() - WATCHDOG_SLACK
+        prep = any(child.due < late for child in self.tools.prep.children.values())
+        return not prep and not self.residency.overdue(WATCHDOG_SLACK)
 
     def status(self) -> dict[str, Any]:
         """Return what ``rkvlmctl status`` prints; JSON values only."""

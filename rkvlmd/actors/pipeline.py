@@ -148,7 +148,9 @@ async def _picture(job: Job, source: PictureSource, entry: Entry, tools: Tools) 
     try:
         if source.kind == "url":
             began = trio.current_time()
+            job.phase = "fetching"
             data = await tools.fetcher.fetch(source.data, source.field)
+            job.phase = "preparing"
             job.spent("fetch", began)
             blob = await blobs.from_bytes(data, "picture")
             encoding = "raw"

@@ -56,7 +56,10 @@ class Residency(ModelTable):
         async with trio.open_nursery() as self._nursery:
             self._loader.nursery = self._nursery
             for name in self._settings.models.preload:
-                self._begin(self._record(name))
+                if name in self._records:
+                    self._begin(self._records[name])
+                else:
+                    log.error("models.preload: there is no model %r", name)
             task_status.started()
             await trio.sleep_forever()
 

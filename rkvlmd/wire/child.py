@@ -14,7 +14,7 @@ Pixels, embeddings and pictures cross as sealed memfds beside the frame; its
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -237,16 +237,33 @@ FromChild = (
 )  # fmt: skip
 
 
+_Kind = TypeVar("_Kind", bound=_Message)
+
+
+def _tag(kind: type[_Message]) -> str:
+    return str(kind.__struct_config__.tag)
+
+
+_TO_CHILD: dict[str, type[ToChild]] = {_tag(kind): kind for kind in get_args(ToChild)}
+_FROM_CHILD: dict[str, type[FromChild]] = {_tag(kind): kind for kind in get_args(FromChild)}
+
+
 def parse_to_child(message: dict[str, Any]) -> ToChild:
     """Check a frame from the daemon; raises ``msgspec.ValidationError``."""
-    parsed: ToChild = msgspec.convert(message, ToChild)
-    return parsed
+    return msgspec.convert(message, _kind(message, _TO_CHILD))
 
 
 def parse_from_child(message: dict[str, Any]) -> FromChild:
     """Check a frame from a child; raises ``msgspec.ValidationError``."""
-    parsed: FromChild = msgspec.convert(message, FromChild)
-    return parsed
+    return msgspec.convert(message, _kind(message, _FROM_CHILD))
+
+
+def _kind(message: dict[str, Any], kinds: dict[str, type[_Kind]]) -> type[_Kind]:
+    """Look the type up by its tag: msgspec would take a union apart again for every frame."""
+    kind = kinds.get(message["type"])
+    if kind is None:
+        raise msgspec.ValidationError("no such message")
+    return kind
 
 
 def build(message: ToChild | FromChild) -> dict[str, Any]:

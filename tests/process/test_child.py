@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from dataclasses import replace
 from typing import Any
@@ -141,3 +142,15 @@ async def test_terminal_signals_do_not_reach_the_child() -> None:
             while not isinstance((await child.receive())[0], wire.Ready):
                 pass
             nursery.cancel_scope.cancel()
+
+
+async def test_no_descriptors_left_is_a_death_and_not_the_end() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    child = make()
+    async with trio.open_nursery() as nursery:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+        try:
+            with pytest.raises(ChildDiedError, match="could not be started"):
+                await nursery.start(child.run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rkvlmd.engine import onnx_cache, onnx_common
 from rkvlmd.models import manifest as manifests
 from tests.fakes import tiny_model
 from tools.exporter import cli, quantize
+from tools.exporter.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,3 +154,43 @@ def test_rounding_errors_are_at_most_half_a_step(seed: int, size: float) -> None
     # The value opposite to the largest one may be cut by one whole step.
     assert np.all(error <= np.abs(steps) * 1.001)
     assert np.mean(error) <= np.mean(np.abs(steps)) * 0.5
+
+
+@pytest.mark.parametrize(
+    ("precision", "most"), [("none", 1e-6), ("half", 1e-3), ("int8", 0.02), ("int4", 0.12)]
+)
+def test_products_and_tables_are_what_the_weights_say(
+    tmp_path: Path, precision: Any, most: float
+) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 0.1, (96, 64)).astype(np.float32)
+    bias = rng.normal(0, 0.1, 96).astype(np.float32)
+    g = Graph("one", precision)
+    x = g.input("x", ["n", 64])
+    ids = g.input("ids", ["n"], onnx.TensorProto.INT64)
+    g.output(g.linear(x, "first", weight, bias, out="y"), ["n", 96])
+    g.output(g.table(ids, "second", weight, out="rows"), ["n", 64])
+    g.save(tmp_path / "one.onnx")
+    session = ort.InferenceSession(tmp_path / "one.onnx")
+    values, picked = rng.normal(size=(5, 64)).astype(np.float32), np.array([95, 0, 7, 7, 3])
+    y, rows = session.run(None, {"x": values, "ids": picked})
+    wanted = values @ weight.T + bias
+    assert np.linalg.norm(y - wanted) <= most * np.linalg.norm(wanted)
+    assert np.linalg.norm(rows - weight[picked]) <= most * np.linalg.norm(weight[picked])
+
+
+@pytest.mark.parametrize("precision", ["half", "int8"])
+@pytest.mark.parametrize("attention", ["plain", "gqa"])
+def test_rounded_decoders_give_nearly_the_same_logits(
+    tmp_path: Path, attention: Any, precision: Any
+) -> None:
+    def logits(kind: Any) -> np.ndarray:
+        folder = tmp_path / kind
+        tiny_model.make_model(folder, attention=attention, precision=kind)
+        embed = ort.InferenceSession(folder / "embed_tokens.onnx")
+        decoder = onnx_common.open_session(folder / "decoder_model_merged.onnx", "x", 1)
+        graph = onnx_cache.open_cache(decoder, onnx_cache.shape_of(decoder), 64)
+        rows = embed.run(None, {"input_ids": np.arange(5, 37)[None]})[0]
+        return graph.step(rows, ort.RunOptions(), logits=True)
+
+    assert np.corrcoef(logits("none"), logits(precision))[0, 1] > 0.99

@@ -92,7 +92,7 @@ def run(
             for attention, precision in VARIANTS
         }
         beside = _checkpoint(folder / "hf", shape)
-        engines |= {f"{BASE}, {n} threads": _transformers(beside, n) for n in {1, threads}}
+        engines |= {f"{BASE}, threads {n}": _transformers(beside, n) for n in sorted({1, threads})}
         missing = {}
         for label, modules, make in (
             ("onnxruntime-genai int4", ("onnxruntime_genai",), _genai),

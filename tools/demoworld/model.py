@@ -12,7 +12,7 @@ from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGenera
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from demoworld.draw import SIDE
-from demoworld.stream import PATCH, PATCH_HEADS, SIDE_PATCHES, TOKEN_HEADS, Batch
+from demoworld.stream import LOOK, PATCH, PATCH_HEADS, SIDE_PATCHES, TOKEN_HEADS, Batch
 from demoworld.tokens import END_ID, IMAGE_ID, PAD_ID, START_ID
 
 NONE_WEIGHT = 0.06  # of the class "none" in the auxiliary heads
@@ -57,6 +57,7 @@ class Trainee(nn.Module):
         )
         self.ink_head = nn.Linear(vision.hidden_size, PATCH * PATCH)
         self.box_head = nn.Linear(vision.hidden_size, 4)
+        self.look_head = nn.Linear(vision.hidden_size, LOOK * LOOK)
         self.early_heads = nn.ModuleDict(
             {k: nn.Linear(vision.hidden_size, PATCH_HEADS[k]) for k in ("shape", "char")}
         )
@@ -141,7 +142,10 @@ class Trainee(nn.Module):
         aux = {"ink": F.binary_cross_entropy_with_logits(ink, batch["ink"]) * 2}
         known = ~batch["boxes"][..., 0].isnan()
         if known.any():
-            boxes = self.box_head(early[2].float()[known])
+            part = early[2].float()[known]
+            looks = F.binary_cross_entropy_with_logits(self.look_head(part), batch["looks"][known])
+            aux["look"] = looks * 3
+            boxes = self.box_head(part)
             aux["box"] = F.smooth_l1_loss(boxes, batch["boxes"][known], beta=0.1) * 3
         for name, head in self.early_heads.items():
             aux[f"early_{name}"] = _weighted(head(early[2].float()), batch[name], True) * 0.5
@@ -202,6 +206,7 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
     if batch.ink is not None:
         s = SIDE_PATCHES
         ink = torch.from_numpy(batch.ink).view(-1, s, PATCH, s, PATCH).permute(0, 1, 3, 2, 4)
+        out["looks"] = torch.from_numpy(batch.looks)
         out["boxes"] = torch.from_numpy(batch.boxes)
         out["ink"] = ink.reshape(len(ink), s * s, PATCH * PATCH).to(torch.float32)
     return out

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from demoworld import colours, questions
 from demoworld.draw import SIDE, Drawn, draw
@@ -33,6 +34,7 @@ TOKENS = PATCHES // 4
 LONGEST = 6  # characters
 LENGTH = 384  # tokens of a row
 IGNORE = -100
+LOOK = 8  # side of the small mask that shows how an object or character looks
 # The auxiliary heads: name -> number of classes (0 is "none" where there is a none).
 PATCH_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1,
                "char": len(CHARS) + 1, "order": LONGEST + 1}
@@ -52,6 +54,7 @@ class Batch:
     used: int  # tokens that are not padding
     ink: npt.NDArray[np.bool_] | None = None  # (pictures, SIDE, SIDE)
     boxes: npt.NDArray[np.float32] | None = None  # (pictures, PATCHES, 4), NaN where none
+    looks: npt.NDArray[np.float32] | None = None  # (pictures, PATCHES, LOOK * LOOK)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Mix:
     nothing: float = 0.05
     both: float = 0.05  # shapes and text
     pairs: float = 0.14
+    room: int = LENGTH - 103  # tokens of conversation about one picture
 
 
 def curriculum(progress: float) -> Mix:
@@ -72,8 +76,8 @@ def curriculum(progress: float) -> Mix:
         return Mix((0.6, 0.4), 0.35, 2, 0.04, 0.0, 0.0)
     if progress < 0.08:
         return Mix((0.3, 0.3, 0.25, 0.15), 0.35, 4, 0.04, 0.02, 0.04)
-    if progress < 0.16:
-        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.32, LONGEST, 0.04, 0.03, 0.1)
+    if progress < 0.33:  # seeing is the hard part: few questions, many pictures
+        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.34, LONGEST, 0.04, 0.03, 0.04, 100)
     return Mix()
 
 
@@ -196,16 +200,19 @@ def object_labels(scene: Scene, drawn: Drawn) -> dict[str, Longs]:
     return out
 
 
-def part_boxes(drawn: Drawn) -> npt.NDArray[np.float32]:
-    """For each patch, the box of the object or character that covers most of it.
+def part_labels(drawn: Drawn) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """For each patch, box and looks of the object or character that covers most of it.
 
-    The four numbers are the way from the patch to the box's centre and the box's width and
-    height, in quarters of the picture.
+    A box is the way from the patch to the box's centre and the box's width and height, in
+    quarters of the picture (NaN where there is nothing). The looks are the ink within the
+    box, LOOK x LOOK.
     """
-    out = np.full((PATCHES, 4), np.nan, np.float32)
+    boxes = np.full((PATCHES, 4), np.nan, np.float32)
+    looks = np.zeros((PATCHES, LOOK * LOOK), np.float32)
     covered = np.zeros(PATCHES, np.int64)
     middle = (np.arange(SIDE_PATCHES) + 0.5) * PATCH
     blocks = (SIDE_PATCHES, PATCH, SIDE_PATCHES, PATCH)
+    ink = Image.fromarray(drawn.ink.astype(np.float32))
     for layers, least in ((drawn.objects, 8), (drawn.chars, 20)):
         for index in range(1, int(layers.max()) + 1):
             mask = layers == index
@@ -220,8 +227,10 @@ def part_boxes(drawn: Drawn) -> npt.NDArray[np.float32]:
             box[..., 0] = (x0 + x1) / 2 - middle[None, :]
             box[..., 1] = (y0 + y1) / 2 - middle[:, None]
             box[..., 2:] = x1 - x0, y1 - y0
-            out[better] = box.reshape(PATCHES, 4)[better] / (SIDE / 4)
-    return out
+            boxes[better] = box.reshape(PATCHES, 4)[better] / (SIDE / 4)
+            small = ink.resize((LOOK, LOOK), Image.Resampling.BOX, (x0, y0, x1, y1))
+            looks[better] = np.asarray(small).reshape(-1)
+    return boxes, looks
 
 
 def make_batch(
@@ -254,7 +263,7 @@ def make_batch(
         else:
             scene = object_scene(rng, rng.choices(counts, mix.objects)[0], held_out)
         scenes.append(scene)
-        turns = single_turns(rng, scene, LENGTH - 67 - 36, encode)
+        turns = single_turns(rng, scene, mix.room, encode)
         if layout != "first":
             turns = turns[:2]
         groups.append(build_group(rng, encode, [at], turns, layout))
@@ -270,5 +279,5 @@ def make_batch(
         {name: np.stack([one[name] for one in labels]) for name in labels[0]},
         used,
         np.stack([d.ink for d in drawn]),
-        np.stack([part_boxes(d) for d in drawn]),
+        *(np.stack(parts) for parts in zip(*map(part_labels, drawn), strict=True)),
     )

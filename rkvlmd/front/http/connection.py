@@ -6,6 +6,7 @@ import logging
 import secrets
 
 import h11
+import trio
 from hypercorn.config import Config
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
@@ -60,8 +61,35 @@ class PlainHttp(H11Protocol):
         await self._send_h11_event(h11.EndOfMessage())
 
 
+class _SendLock:
+    """A lock that is taken at once when it is free.
+
+    The library's own takes a turn of the loop before each piece of an answer;
+    the send behind it has a checkpoint anyway.
+    """
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+
+    async def __aenter__(self) -> None:
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Connection(TCPServer):
     """One connection of a client."""
+
+    send_lock: _SendLock  # type: ignore[assignment]
+
+    async def run(self) -> None:
+        """Serve the connection to its end."""
+        self.send_lock = _SendLock()
+        await super().run()
 
     async def _read_data(self) -> None:
         # the last moment before the first byte

@@ -1,0 +1,154 @@
+"""A child that lives inside the test's loop: the whole interface of ``actors.child.Child``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from rkvlmd.actors.child import ChildDiedError
+from rkvlmd.actors.loading import Loader
+from rkvlmd.wire import child as wire
+
+
+class FakeChild:
+    """Answers every order at once, one word per turn of the loop; hears aborts."""
+
+    def __init__(self, name: str, role: str, *, words: int = 3) -> None:
+        self.name = name
+        self.role = role
+        self.pid = 0
+        self.hello = wire.Hello(pid=0, role=role)
+        self.death: ChildDiedError | None = None
+        self.dead = trio.Event()
+        self.due = self.beat_at = math.inf
+        self.last_words = ""
+        self.aborts = 0
+        self._words = words
+        self._ids = 0
+        self._killed: str | None = None
+        self._aborted: set[int] = set()
+        self._orders, self._work = trio.open_memory_channel[tuple[Any, int]](64)
+        self._say, self._said = trio.open_memory_channel[tuple[Any, list[int]]](256)
+        self._wake = trio.Event()
+
+    @property
+    def alive(self) -> bool:
+        return self._killed is None and not self.dead.is_set()
+
+    def next_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._main)
+                task_status.started()
+                await self._wake.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.death = ChildDiedError(self.name, self._killed or "stopped", "", planned=True)
+            self.dead.set()
+            self._say.close()
+            while True:
+                try:
+                    _, fds = self._said.receive_nowait()
+                except (trio.WouldBlock, trio.EndOfChannel):
+                    break
+                for fd in fds:
+                    os.close(fd)
+
+    def kill(self, why: str) -> None:
+        self._killed = self._killed or why
+        self._wake.set()
+
+    async def send(self, message: wire.ToChild, fds: Sequence[int] = ()) -> None:
+        if not self.alive:
+            await self.dead.wait()
+            assert self.death is not None
+            raise self.death
+        with trio.CancelScope(shield=True):
+            if isinstance(message, wire.Abort):
+                self.aborts += 1
+                self._aborted.add(message.id)
+            else:
+                await self._orders.send((message, len(fds)))
+
+    async def receive(self) -> tuple[wire.FromChild, list[int]]:
+        try:
+            return await self._said.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            await self.dead.wait()
+            assert self.death is not None
+            raise self.death from None
+
+    async def _main(self) -> None:
+        async for order, fds in self._work:
+            if isinstance(order, wire.Load):
+                await self._answer(wire.Ready())
+            elif isinstance(order, wire.Picture):
+                tensor = wire.Tensor(shape=(8,), dtype="uint8")
+                done = wire.PictureDone(
+                    id=order.id, sha256="0" * 64, width=4, height=4, format="PNG",
+                    tensors=[tensor], tokens=order.encoder["tokens"],
+                )  # fmt: skip
+                await self._answer(done, memfd(8))
+            elif isinstance(order, wire.Render):
+                count = sum(order.pictures)
+                await self._answer(
+                    wire.RenderDone(id=order.id, tokens=[1] * (count + 2), spans=_spans(order))
+                )
+            elif isinstance(order, wire.Encode):
+                assert fds == 1
+                rows = wire.Tensor(shape=(4, 8), dtype="float32")
+                await self._answer(wire.EncodeDone(id=order.id, rows=rows, seconds=0.0), memfd(128))
+            elif isinstance(order, wire.Generate):
+                assert fds == len(order.spans)
+                await self._generate(order)
+
+    async def _generate(self, order: wire.Generate) -> None:
+        await self._answer(
+            wire.Prefilled(id=order.id, prompt=len(order.tokens), cached=0, seconds=0.0)
+        )
+        count = 0
+        while count < self._words and order.id not in self._aborted:
+            await trio.lowlevel.checkpoint()
+            await self._answer(wire.Text(id=order.id, text=f"w{count} "))
+            count += 1
+        reason = "aborted" if order.id in self._aborted else "stop"
+        await self._answer(
+            wire.GenerateDone(id=order.id, reason=reason, completion=count, seconds=0.0)  # type: ignore[arg-type]
+        )
+
+    async def _answer(self, message: wire.FromChild, fd: int | None = None) -> None:
+        try:
+            await self._say.send((message, [] if fd is None else [fd]))
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
+
+
+def _spans(order: wire.Render) -> list[tuple[int, int, int]]:
+    spans, start = [], 1
+    for index, count in enumerate(order.pictures):
+        spans.append((start, count, index))
+        start += count
+    return spans
+
+
+def memfd(size: int) -> int:
+    fd = os.memfd_create("fake", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    return fd
+
+
+class FakeLoader(Loader):
+    """The real loader, except that no file is hashed in a thread."""
+
+    async def verify(self, record: Any) -> None:
+        await trio.lowlevel.checkpoint()
