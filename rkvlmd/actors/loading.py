@@ -29,11 +29,15 @@ HASHES = "hashes.json"
 
 
 class LoadError(Exception):
-    """A load failed; the text has the child's last words, ``public`` is for clients."""
+    """A load failed; the text has the child's last words, ``public`` is for clients.
 
-    def __init__(self, text: str, public: RkvlmdError) -> None:
+    ``died`` says that a child ended by itself: such a load is tried once more.
+    """
+
+    def __init__(self, text: str, public: RkvlmdError, *, died: bool = False) -> None:
         super().__init__(text)
         self.public = public
+        self.died = died
 
 
 @dataclass(eq=False, slots=True)
@@ -215,6 +219,7 @@ class Loader:
             raise LoadError(
                 f"{exc.name} ended while it loaded: {exc.how}: {exc.last_words[-500:]}",
                 RkvlmdError("model_failed", "The engine ended while the model was loaded."),
+                died=not exc.planned,
             ) from exc
         except ChildWedgedError as exc:
             raise LoadError(

@@ -109,7 +109,13 @@ class Residency(ModelTable):
         began = trio.current_time()
         try:
             with record.load_scope:
-                await self._bring_up(record)
+                try:
+                    await self._bring_up(record)
+                except LoadError as exc:
+                    if not exc.died:
+                        raise
+                    log.error("%s: trying once more: %s", record.name, exc)  # noqa: TRY400 - the traceback says nothing
+                    await self._bring_up(record)
                 record.pace.load_seconds = trio.current_time() - began
                 self._set(record, ModelState.READY)
                 log.info("%s: loaded in %.2f s", record.name, record.pace.load_seconds)

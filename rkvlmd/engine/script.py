@@ -92,7 +92,8 @@ def _do(kind: str) -> None:
     elif kind == "segv":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif kind == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: sent to the process, it may reach another one a moment later.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     elif kind == "exit":
         os._exit(EXIT_STATUS)
     elif kind == "hang":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 import signal
@@ -127,8 +129,6 @@ def test_rkvlmctl_load_unload_status_cancel(daemon: Daemon) -> None:
 
 
 def test_rkvlmctl_ask(daemon: Daemon, tmp_path: Path) -> None:
-    import base64
-
     (tmp_path / "p.png").write_bytes(base64.b64decode(png().partition(",")[2]))
     answer = daemon.ctl(
         "ask", "--image", str(tmp_path / "p.png"), "--model", "tiny", "--max-tokens", "5", "What?"
@@ -186,6 +186,13 @@ def test_wrong_hash_missing_and_cut_files(tmp_path: Path) -> None:
         path = folder / name / "decoder_model_merged.onnx"
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2] if spoil is None else data[:-1] + spoil)
+    rubbish = folder / "rubbish"
+    make_model(rubbish, name="rubbish")
+    was = hashlib.sha256((rubbish / "decoder_model_merged.onnx").read_bytes()).hexdigest()
+    (rubbish / "decoder_model_merged.onnx").write_bytes(b"this is no model")
+    now = hashlib.sha256(b"this is no model").hexdigest()
+    manifest = rubbish / "rkvlm.json"
+    manifest.write_text(manifest.read_text().replace(was, now))
     make_model(folder / "missing", name="missing")
     (folder / "missing" / "vision_encoder.onnx").unlink()
     check = subprocess.run(
@@ -196,7 +203,7 @@ def test_wrong_hash_missing_and_cut_files(tmp_path: Path) -> None:
     assert b"missing" in check.stdout + check.stderr
     assert b"encoders[0].file" in check.stdout + check.stderr
     with running(tmp_path, folder) as daemon:
-        for name in ("changed", "cut"):
+        for name in ("changed", "cut", "rubbish"):
             refused = daemon.ctl("load", name)
             assert refused["exit"] == 1
             assert "decoder" in refused["error"]["message"]

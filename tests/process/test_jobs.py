@@ -176,7 +176,7 @@ async def test_hang_that_ignores_abort_is_killed(tmp_path: Path) -> None:
 
 
 async def test_failed_first_load_says_the_last_words(tmp_path: Path) -> None:
-    fault = {"at": "load", "kind": "exit", "times": 1, "file": str(tmp_path / "n")}
+    fault = {"at": "load", "kind": "exit", "times": 2, "file": str(tmp_path / "n")}
     async with open_house(tmp_path, scripts=Scripts({}, {"fault": fault}, {})) as house:
         with trio.fail_after(30), pytest.raises(RkvlmdError) as info:
             await house.residency.load("scripted")
@@ -190,8 +190,35 @@ async def test_failed_first_load_says_the_last_words(tmp_path: Path) -> None:
         assert (await house.residency.load("scripted")).state is ModelState.READY
 
 
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["kill", "segv"])
+async def test_death_in_a_load_costs_time_only(tmp_path: Path, role: str, kind: str) -> None:
+    scripts = Scripts({}, {}, {})
+    getattr(scripts, role)["fault"] = {
+        "at": "load", "kind": kind, "times": 1, "file": str(tmp_path / "n"),
+    }  # fmt: skip
+    async with open_house(tmp_path, scripts=scripts) as house:
+        await good(house)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("hang", "took too long"), ("stop", "stopped beating")]
+)
+async def test_hang_in_a_load(tmp_path: Path, kind: str, words: str) -> None:
+    fault = {"at": "load", "kind": kind, "times": 1, "file": str(tmp_path / "n")}
+    async with open_house(
+        tmp_path,
+        scripts=Scripts({}, {"fault": fault}, {}),
+        engine={"load_seconds": 3.0 if kind == "hang" else 60.0, "beat_seconds": 2.0},
+    ) as house:
+        with trio.fail_after(30), pytest.raises(RkvlmdError, match=words):
+            await house.residency.load("scripted")
+        await house.residency.load("scripted")
+        await good(house)
+
+
 async def test_failed_model_heals_itself(tmp_path: Path) -> None:
-    fault = {"at": "load", "kind": "kill", "times": 1, "file": str(tmp_path / "n")}
+    fault = {"at": "load", "kind": "kill", "times": 2, "file": str(tmp_path / "n")}
     async with open_house(
         tmp_path, scripts=Scripts({}, {"fault": fault}, {}), engine={"heal_seconds": 0.2}
     ) as house:

@@ -137,7 +137,8 @@ class Trainee(nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             early, patches, image = self.see(batch["pixels"])
             patches, image = patches.float(), image.float()
-            hidden = self.hidden(batch, image).float()
+            talks = len(batch["ids"]) > 0
+            hidden = self.hidden(batch, image).float() if talks else image
         ink = self.ink_head(early[1].float())
         aux = {"ink": F.binary_cross_entropy_with_logits(ink, batch["ink"]) * 2}
         known = ~batch["boxes"][..., 0].isnan()
@@ -153,6 +154,8 @@ class Trainee(nn.Module):
             aux[name] = _weighted(head(patches), batch[name], True)
         for name, head in self.token_heads.items():
             aux[name] = _weighted(head(image), batch[name], name == "cell")
+        if not talks:
+            return image.sum() * 0, aux, image
         wanted = batch["targets"] >= 0
         logits = self.vlm.lm_head(hidden[wanted])
         return F.cross_entropy(logits, batch["targets"][wanted]), aux, logits

@@ -68,6 +68,7 @@ class Mix:
     both: float = 0.05  # shapes and text
     pairs: float = 0.14
     room: int = LENGTH - 103  # tokens of conversation about one picture
+    talk: float = 1.0  # share of the batches that have conversations
 
 
 def curriculum(progress: float) -> Mix:
@@ -76,8 +77,8 @@ def curriculum(progress: float) -> Mix:
         return Mix((0.6, 0.4), 0.35, 2, 0.04, 0.0, 0.0)
     if progress < 0.08:
         return Mix((0.3, 0.3, 0.25, 0.15), 0.35, 4, 0.04, 0.02, 0.04)
-    if progress < 0.33:  # seeing is the hard part: few questions, many pictures
-        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.34, LONGEST, 0.04, 0.03, 0.04, 100)
+    if progress < 0.38:  # seeing is the hard part: few questions, many pictures
+        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.45, LONGEST, 0.03, 0.03, 0.04, 100, 0.2)
     return Mix()
 
 
@@ -241,10 +242,11 @@ def make_batch(
     scenes: list[Scene] = []
     groups: list[Group] = []
     counts = range(1, len(mix.objects) + 1)
+    talk = rng.random() < mix.talk
     while len(scenes) < pictures:
         layout = rng.choices(("first", "last", "around"), (0.8, 0.13, 0.07))[0]
         at = len(scenes)
-        if mix.pairs and rng.random() < mix.pairs / (1 + mix.pairs) * 1.15:
+        if talk and mix.pairs and rng.random() < mix.pairs / (1 + mix.pairs) * 1.15:
             pair = random_pair(rng, 4, held_out)
             scenes += [pair.first, pair.second]
             room = LENGTH - 2 * 67 - 36
@@ -263,11 +265,13 @@ def make_batch(
         else:
             scene = object_scene(rng, rng.choices(counts, mix.objects)[0], held_out)
         scenes.append(scene)
+        if not talk:
+            continue
         turns = single_turns(rng, scene, mix.room, encode)
         if layout != "first":
             turns = turns[:2]
         groups.append(build_group(rng, encode, [at], turns, layout))
-    if rng.random() < 0.5:
+    if talk and rng.random() < 0.5:
         chats = [[questions.no_picture(rng)] for _ in range(4)]
         groups.append(build_group(rng, encode, [], chats, "none"))
     drawn = [draw(scene, fonts) for scene in scenes]

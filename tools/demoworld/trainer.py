@@ -257,8 +257,9 @@ def _train(plan: Plan, ranks: Ranks, print_line: Callable[[str], None]) -> None:
     rng = random.Random(f"{plan.seed} {ranks.rank} {step}")
     begun = last_save = last_test = last_print = at = time.monotonic()
     now = progress(plan, step, trained)
-    seen, bad, since = 0, 0, 0
+    seen, bad = 0, 0
     sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
     while now < 1.0:
         share = max(1, plan.batch // plan.processes)
         data = models.tensors(make_batch(rng, encode, fonts, curriculum(now), share))
@@ -290,23 +291,25 @@ def _train(plan: Plan, ranks: Ranks, print_line: Callable[[str], None]) -> None:
             if bad > 20:
                 raise RuntimeError("training has diverged; resume from the last checkpoint")
         step += 1
-        since += 1
         seen += len(data["pixels"]) * ranks.count
         for name, value in (("answer", loss), *aux.items()):
-            sums[name] += value.item()
+            if name != "answer" or len(data["ids"]):
+                sums[name] += value.item()
+                counts[name] += 1
         if not first:
             if stop:
                 return
             continue
         clock = time.monotonic()
         if clock - last_print > 30:
-            means = " ".join(f"{k} {v / since:.3f}" for k, v in sums.items())
+            means = " ".join(f"{k} {v / counts[k]:.3f}" for k, v in sums.items())
             print_line(
                 f"step {step} {trained / 60:.1f} min {100 * now:.1f} % "
                 f"{seen / (clock - last_print):.0f} pictures/s {means}"
             )
-            seen, since, last_print = 0, 0, clock
+            seen, last_print = 0, clock
             sums.clear()
+            counts.clear()
         if stop:
             save()
             print_line(f"stopped at step {step}; --resume goes on")

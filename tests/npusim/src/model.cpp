@@ -66,8 +66,10 @@ void set(Model &m, const std::string &key, const std::string &value) {
 bool continues(char c) { return (static_cast<unsigned char>(c) & 0xC0) == 0x80; }
 
 // How many bytes the next piece of plain text has. Pieces begin anew at spaces and line feeds, so
-// that two texts with a common beginning have common tokens, and hold whole characters.
+// that two texts with a common beginning have common tokens, and hold whole characters; a line
+// feed is a piece of its own.
 size_t piece_size(const std::string &text, size_t at, size_t end, int most) {
+    if (text[at] == '\n') return 1;
     size_t size = 1;
     while (at + size < end) {
         char c = text[at + size];

@@ -14,11 +14,6 @@
 
 namespace npusim {
 
-struct Session::Lane {
-    const Request *request = nullptr;
-    std::vector<Place> places; // of the prompt
-};
-
 int Session::load(const std::string &path) {
     // Fact sheet 1.6: the lines that a load prints.
     log("I rkllm: rkllm-runtime version: %s, rknpu driver version: %s, platform: %s",
@@ -101,7 +96,7 @@ std::vector<Token> Session::tokens_of(const std::string &text) {
     return tokens;
 }
 
-void Session::check_block(const Block &block, const char *what) const {
+uint32_t Session::check_block(const Block &block, const char *what) const {
     auto columns = static_cast<size_t>(model.embed) * static_cast<size_t>(model.outputs);
     auto bytes = copied(block.rows, block.count * block.tokens * columns * sizeof(float),
                         sizeof(float), what);
@@ -133,6 +128,14 @@ void Session::check_block(const Block &block, const char *what) const {
                        "missing output, or a buffer that was freed", what, row, output);
         }
     }
+    return crc32(bytes.data(), bytes.size());
+}
+
+uint32_t Session::check_blocks(const Request &request) const {
+    uint32_t sum = 0;
+    if (request.pictures.count > 0) sum ^= check_block(request.pictures, "image_embed");
+    if (request.frames.count > 0) sum ^= check_block(request.frames, "video_embed");
+    return sum;
 }
 
 bool Session::places_of_blocks(const Request &request, Lane &lane) {
@@ -160,7 +163,11 @@ bool Session::places_of_blocks(const Request &request, Lane &lane) {
         if (next == image_at && picture < request.pictures.count) {
             add_rows(request.pictures, picture++);
         } else if (next == video_at && video < request.frames.count) {
-            add_rows(request.frames, video++);
+            // All frames of one video stand between one pair of tags.
+            Block whole = request.frames;
+            whole.tokens *= request.frames_per_video;
+            add_rows(whole, video / request.frames_per_video);
+            video += request.frames_per_video;
         } else {
             // Fact sheet 2.10: the runtime would read outside the buffer.
             misuse("2.10", "the prompt has more places than the call has pictures (%zu) or videos "
@@ -169,13 +176,14 @@ bool Session::places_of_blocks(const Request &request, Lane &lane) {
         at = next + 7;
     }
     if (picture != request.pictures.count || video != request.frames.count)
-        misuse("2.10", "%zu pictures and %zu videos, but the prompt has %zu and %zu places",
+        misuse("2.10", "%zu pictures and %zu frames, but the prompt has %zu and %zu places",
                request.pictures.count, request.frames.count, picture, video);
     return true;
 }
 
 bool Session::prepare(const Request &request, const RunParam &param, Lane &lane) {
     lane.request = &request;
+    if (request.refused) return false;
     if (param.mode == Mode::logits && settings.batch > 1) {
         log("E rkllm: Getting the logits is not supported for multiple batches"); // 2.2
         return false;
@@ -217,8 +225,7 @@ bool Session::prepare(const Request &request, const RunParam &param, Lane &lane)
             break;
         }
         case Kind::multimodal:
-            if (request.pictures.count > 0) check_block(request.pictures, "image_embed");
-            if (request.frames.count > 0) check_block(request.frames, "video_embed");
+            lane.sum = check_blocks(request);
             places_of_blocks(request, lane);
             break;
     }
@@ -276,7 +283,5 @@ void Session::must_be_idle(const char *what) const {
     bool inside = runner == std::this_thread::get_id();
     misuse("2.1", "%s while a run is going on%s", what, inside ? ", from its own callback" : "");
 }
-
-#include "run.inc"
 
 }  // namespace npusim

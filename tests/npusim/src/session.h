@@ -60,6 +60,8 @@ struct Request {
     const float *embeds = nullptr;
     size_t embed_tokens = 0;
     Block pictures, frames;
+    size_t frames_per_video = 1;
+    bool refused = false; // the library returns -1
 };
 
 struct RunParam {
@@ -120,10 +122,16 @@ class Session {
     int size_reported(size_t lane) const;
 
   private:
-    struct Lane;
+    struct Lane {
+        const Request *request = nullptr;
+        std::vector<Place> places; // of the prompt
+        uint32_t sum = 0;          // of the caller's rows, before the prefill
+    };
     bool prepare(const Request &request, const RunParam &param, Lane &lane);
     bool places_of_blocks(const Request &request, Lane &lane);
-    void check_block(const Block &block, const char *what) const;
+    // Looks at every float of the caller's block; returns the checksum of all.
+    uint32_t check_block(const Block &block, const char *what) const;
+    uint32_t check_blocks(const Request &request) const;
     std::vector<Token> tokens_of(const std::string &text);
     std::string wrapped(const Request &request) const;
     size_t reuse(Lane &lane, size_t index, bool keep_history);

@@ -1,4 +1,14 @@
-// Part of session.cpp: one run, from the cache to the last event.
+// One run, from the cache to the last event.
+#include <cmath>
+#include <fstream>
+
+#include "config.h"
+#include "npu.h"
+#include "rkllm.h"
+#include "session.h"
+#include "trace.h"
+
+namespace npusim {
 
 size_t Session::reuse(Lane &lane, size_t index, bool keep_history) {
     std::vector<Place> &held = cache[index];
@@ -50,11 +60,8 @@ bool Session::prefill(std::vector<Lane> &lanes, size_t &computed, float &millise
     }
     milliseconds = static_cast<float>(now() - begin) / 1e6F;
     for (size_t i = 0; i < lanes.size(); i++) {
-        const Request &request = *lanes[i].request;
-        // Fact sheet 1.4: the buffers must stay alive and untouched for the whole call.
-        for (const Block *block : {&request.pictures, &request.frames}) {
-            if (block->count > 0) check_block(*block, "the embeddings, after the prefill,");
-        }
+        if (check_blocks(*lanes[i].request) != lanes[i].sum)
+            misuse("1.4", "the embeddings changed while the library read them");
         prompt_ends[i] = cache[i].size();
     }
     return well;
@@ -239,3 +246,5 @@ void Session::save_cache(const std::string &path, const Lane &lane) const {
     }
     trace("save_cache", {{"path", path}});
 }
+
+}  // namespace npusim
