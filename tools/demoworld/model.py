@@ -42,7 +42,7 @@ class Trainee(nn.Module):
 
     def __init__(self, vocabulary: int, half: bool = False) -> None:
         super().__init__()
-        self.half = half  # matrix products in bfloat16
+        self.halved = half  # matrix products in bfloat16
         config = configuration(vocabulary)
         self.vlm = SmolVLMForConditionalGeneration(config)
         # The quickest on a processor: plain attention for pictures, fused for text.
@@ -134,7 +134,7 @@ class Trainee(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The answers' loss, the auxiliary losses and the logits at the targets."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.halved):
             early, patches, image = self.see(batch["pixels"])
             patches, image = patches.float(), image.float()
             talks = len(batch["ids"]) > 0
@@ -145,13 +145,14 @@ class Trainee(nn.Module):
         if known.any():
             part = early[2].float()[known]
             looks = F.binary_cross_entropy_with_logits(self.look_head(part), batch["looks"][known])
-            aux["look"] = looks * 3
+            aux["look"] = looks * 2
             boxes = self.box_head(part)
             aux["box"] = F.smooth_l1_loss(boxes, batch["boxes"][known], beta=0.1) * 3
         for name, head in self.early_heads.items():
-            aux[f"early_{name}"] = _weighted(head(early[2].float()), batch[name], True) * 0.5
+            aux[f"early_{name}"] = _weighted(head(early[2].float()), batch[name], True) * (1.0 if name == "char" else 0.5)
         for name, head in self.patch_heads.items():
-            aux[name] = _weighted(head(patches), batch[name], True)
+            weight = 2.0 if name == "char" else 1.0
+            aux[name] = _weighted(head(patches), batch[name], True) * weight
         for name, head in self.token_heads.items():
             aux[name] = _weighted(head(image), batch[name], name == "cell")
         if not talks:

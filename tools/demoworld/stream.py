@@ -77,6 +77,8 @@ def curriculum(progress: float) -> Mix:
         return Mix((0.6, 0.4), 0.35, 2, 0.04, 0.0, 0.0)
     if progress < 0.08:
         return Mix((0.3, 0.3, 0.25, 0.15), 0.35, 4, 0.04, 0.02, 0.04)
+    if progress < 0.31:
+        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.5, 3, 0.03, 0.03, 0.04, 100, 0.15)
     if progress < 0.38:  # seeing is the hard part: few questions, many pictures
         return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.45, LONGEST, 0.03, 0.03, 0.04, 100, 0.2)
     return Mix()
