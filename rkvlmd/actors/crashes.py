@@ -35,10 +35,10 @@ class CrashMemory:
     def __len__(self) -> int:
         return len(self._deaths)
 
-    def note(self, key: str) -> None:
-        """This content has killed a child."""
+    def note(self, key: str, deaths: int = 1) -> None:
+        """This content has killed a child, or several."""
         count, _ = self._deaths.pop(key, (0, 0.0))
-        self._deaths[key] = (count + 1, trio.current_time() + self._refuse)
+        self._deaths[key] = (count + deaths, trio.current_time() + self._refuse)
         while len(self._deaths) > MOST:
             self._deaths.popitem(last=False)
 

@@ -129,11 +129,10 @@ async def _pictures(job: Job, entry: Entry, tools: Tools, stack: ExitStack) -> l
     if errors:
         error = errors[min(errors)]
         if isinstance(error, PrepDiedError):
-            tools.crashes.note(
-                await trio.to_thread.run_sync(
-                    content_key, job.request.turns, [s.data for s in sources]
-                )
+            raw = await trio.to_thread.run_sync(
+                content_key, job.request.turns, [s.data for s in sources]
             )
+            tools.crashes.note(raw, error.deaths)
         raise error
     # The base64 text is not needed any more.
     job.request = replace(

@@ -1,7 +1,8 @@
 """The pool of prep children: decoding pictures, rendering prompts, counting tokens.
 
 The pool grows up to its size while orders wait, and shrinks when idle. An
-order whose child dies gets an error; the others never notice.
+order whose child dies is done once more by another one, then it gets an error;
+the others never notice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ Build = Callable[[int], wire.ToChild]
 
 
 class PrepDiedError(RkvlmdError):
-    """The child died or was killed while it worked on this order."""
+    """Children died or were killed while they worked on this order: ``deaths`` of them."""
+
+    def __init__(self, message: str, deaths: int) -> None:
+        super().__init__("engine_died", message)
+        self.deaths = deaths
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +51,7 @@ class _Order:
     error: RkvlmdError | None = None
     begun: bool = False
     gone: bool = False
+    again: bool = False
 
     def close(self) -> None:
         """Give back what went in, and what came out for nobody."""
@@ -165,7 +171,7 @@ class Prep:
             self.children.pop(name, None)
             self._workers -= 1
             self._quiet.set()
-            if self._orders and self._nursery is not None and self._workers == 0:
+            if self._orders:
                 self._wake()
 
     def _failed_start(self, death: ChildDiedError) -> None:
@@ -200,7 +206,8 @@ class Prep:
                 self._fail(order, "The server is stopping.")
                 raise
             finally:
-                order.close()
+                if order.finished.is_set():
+                    order.close()
 
     async def _wait_order(self, child: Child) -> None:
         """Return when an order may have come or the child has gone."""
@@ -214,7 +221,7 @@ class Prep:
             nursery.start_soon(until, child.dead)
 
     async def _one(self, child: Child, order: _Order) -> None:
-        """Give one order to the child; whatever happens, the order ends."""
+        """Give one order to the child; the order ends, or waits for another child."""
         number = child.next_id()
         try:
             with trio.move_on_after(order.seconds) as limit:
@@ -244,10 +251,15 @@ class Prep:
         except ChildDiedError as exc:
             self.deaths += 1
             log.error("%s died at work: %s: %s", exc.name, exc.how, exc.last_words[-500:])  # noqa: TRY400 - the traceback says nothing
+            if not order.again and not order.gone:
+                # It may have been dead before it got the order, and nothing was lost.
+                order.again, order.begun = True, False
+                self._orders.appendleft(order)
+                return
             self._fail(order, "The process that prepared the picture or prompt died.")
         order.finished.set()
 
     @staticmethod
     def _fail(order: _Order, message: str) -> None:
-        order.error = PrepDiedError("engine_died", message)
+        order.error = PrepDiedError(message, 1 + order.again)
         order.finished.set()

@@ -243,7 +243,8 @@ def _fits(room: bytes, layout: Layout) -> bool:
     """Whether default parameters make sense: ``mirostat_tau`` 5.0, one batch, 1 to 8 CPUs."""
     param: Any = layout.param.from_buffer_copy(room)
     extend = param.extend_param
-    return param.mirostat_tau == 5.0 and extend.n_batch == 1 and 1 <= extend.enabled_cpus_num <= 8
+    sane = param.mirostat_tau == 5.0 and extend.n_batch == 1 and 1 <= extend.enabled_cpus_num <= 8
+    return bool(sane)
 
 
 def open_library(setting: str = "", *, override: str = "") -> Library:

@@ -16,6 +16,8 @@ HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
 SOURCES = tuple(sorted((HERE / "src").glob("*.cpp")))
 HEADERS = (*sorted(INCLUDE.glob("*.h")), *sorted((HERE / "src").glob("*.h")))
+#: What is compiled anew for each version; the rest does not know the layout.
+DEPENDENT = {"api", "handle", "version"}
 #: Built files are kept here; ``build`` folders are not checked in.
 BUILD = HERE / "build"
 FLAGS = ("-std=c++17", "-O1", "-g0", "-Wall", "-Wextra", "-Werror", "-fPIC")
@@ -42,11 +44,16 @@ def library(abi: str, *, says: str = "") -> Path:
 
     ``says`` is the version that the file shall claim, where that is another one.
     """
-    defines = [f"-DNPUSIM_ABI={ABIS[abi]}", f'-DNPUSIM_VERSION="{says or abi}"']
+    objects = []
+    for source in SOURCES:
+        flags = ["-c", "-pthread", "-fvisibility=hidden"]
+        if source.stem in DEPENDENT:
+            flags.append(f"-DNPUSIM_ABI={ABIS[abi]}")
+        if source.stem == "version":
+            flags.append(f'-DNPUSIM_VERSION="{says or abi}"')
+        objects.append(_built(f"{source.stem}.o", (source,), flags))
     name = f"librkllmrt-{abi}" + (f"-says-{says}" if says else "")
-    return _built(
-        f"{name}.so", SOURCES, ["-shared", "-pthread", "-fvisibility=hidden", *defines]
-    )
+    return _built(f"{name}.so", objects, ["-shared", "-pthread"])
 
 
 def program(name: str, source: str, flags: Sequence[str] = ()) -> Path:
@@ -63,14 +70,12 @@ def _built(name: str, sources: Sequence[Path], flags: list[str]) -> Path:
     for path in (*sources, *HEADERS):
         content.update(path.name.encode() + path.read_bytes())
     stem, dot, suffix = name.rpartition(".")
-    key = content.hexdigest()[:16]
-    target = BUILD / (f"{stem}-{key}.{suffix}" if dot and suffix == "so" else f"{name}-{key}")
+    named = (stem, f".{suffix}") if dot and suffix in {"o", "so"} else (name, "")
+    target = BUILD / f"{named[0]}-{content.hexdigest()[:16]}{named[1]}"
     if not target.exists():
         BUILD.mkdir(exist_ok=True)
         # Another test process may build the same: each into its own file, the last one wins.
-        own = target.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            [*command, "-o", str(own), *map(str, sources)], check=True, timeout=600
-        )
+        own = BUILD / f"{os.getpid()}-{target.name}"
+        subprocess.run([*command, "-o", str(own), *map(str, sources)], check=True, timeout=600)
         own.replace(target)
     return target

@@ -79,9 +79,9 @@ FAULTS = [
     ("encoder", "encode", "kill", "stop"),
     ("encoder", "encode", "hang", "engine_wedged"),
     ("encoder", "encode", "error", "error"),
-    ("prep", "picture", "kill", "engine_died"),
+    ("prep", "picture", "kill", "stop"),
     ("prep", "picture", "hang", "engine_died"),
-    ("prep", "render", "kill", "engine_died"),
+    ("prep", "render", "kill", "stop"),
     ("prep", "render", "hang", "engine_died"),
 ]
 
@@ -107,6 +107,20 @@ async def test_fault(tmp_path: Path, role: str, at: str, kind: str, reason: str)
             assert text == "t0 t1 t2"
         await good(house)
     assert Blob.live == 0
+
+
+async def test_picture_that_kills_two_children_is_refused(tmp_path: Path) -> None:
+    fault = {"at": "picture", "kind": "segv", "times": 2, "file": str(tmp_path / "count")}
+    async with open_house(tmp_path, scripts=Scripts({}, {}, {"fault": fault})) as house:
+        with trio.fail_after(60):
+            _, end = await collect(submit(house, chat("poison", pictures=1)))
+            assert end.reason == "engine_died"
+            assert end.error is not None
+            assert end.error.code == "engine_died"
+            _, end = await collect(submit(house, chat("poison", pictures=1)))
+        assert end.error is not None
+        assert end.error.code == "engine_crash"
+        await good(house)
 
 
 async def test_queued_jobs_survive_a_death(tmp_path: Path) -> None:

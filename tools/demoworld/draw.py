@@ -10,6 +10,7 @@ import io
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +82,8 @@ def _distance_mask(points: Pixels, w: int, h: int, line: float, soft: float) -> 
     signed = np.where(inside, -np.sqrt(best), np.sqrt(best))
     if line:
         signed = np.maximum(signed, -signed - line)
-    return np.clip(0.5 - signed / soft, 0, 1).astype(np.float32)
+    out: Mask = np.clip(0.5 - signed / soft, 0, 1).astype(np.float32)
+    return out
 
 
 def _pil_mask(points: Pixels, w: int, h: int, line: float, scale: int) -> Mask:
@@ -96,13 +98,14 @@ def _pil_mask(points: Pixels, w: int, h: int, line: float, scale: int) -> Mask:
         pen.polygon(corners, fill=255)
     if scale > 1:
         big = big.reduce(scale)
-    return np.asarray(big, np.float32) / 255
+    out: Mask = np.asarray(big, np.float32) / np.float32(255)
+    return out
 
 
 def _paint(rng: random.Random, rgb: RGB, w: int, h: int) -> npt.NDArray[np.float32]:
     """The filling: one colour, or a gradient, stripes or grain within that colour."""
     base = np.asarray(rgb, np.float32)
-    plain = np.broadcast_to(base, (h, w, 3))
+    plain: npt.NDArray[np.float32] = np.broadcast_to(base, (h, w, 3))
     kind = rng.random()
     if kind < 0.72:
         return plain
@@ -110,6 +113,7 @@ def _paint(rng: random.Random, rgb: RGB, w: int, h: int) -> npt.NDArray[np.float
     strength = min(strength, 22.0) if max(rgb) < 50 or max(rgb) - min(rgb) < 20 else strength
     x = np.linspace(-1, 1, w, dtype=np.float32)[None, :, None]
     y = np.linspace(-1, 1, h, dtype=np.float32)[:, None, None]
+    shade: npt.NDArray[Any]
     if kind < 0.86:
         a = rng.uniform(0, 2 * math.pi)
         shade = (x * math.cos(a) + y * math.sin(a)) * strength
@@ -198,17 +202,17 @@ def _clutter(rng: random.Random, image: Image.Image) -> Image.Image:
         step, width = rng.randint(8, 30) * w // 128, max(1, rng.randint(1, 8) * w // 128)
         ink = colours.from_hsv(rng.uniform(0, 360), rng.random(), rng.random())
         slope = rng.choice((0, 0, rng.uniform(-1, 1)))
-        down = rng.random() < 0.5
+        upright = rng.random() < 0.5
         for at in range(-w, 2 * w, max(2, step)):
-            ends = (at, 0, at + slope * h, h) if down else (0, at, w, at + slope * w)
+            ends = (at, 0, at + slope * h, h) if upright else (0, at, w, at + slope * w)
             pen.line(ends, fill=ink, width=width)
         return image
     if kind < 0.88:
-        x = np.linspace(-1, 1, w)[None, :, None]
-        y = np.linspace(-1, 1, h)[:, None, None]
+        across = np.linspace(-1, 1, w)[None, :, None]
+        down = np.linspace(-1, 1, h)[:, None, None]
         c = [np.array([rng.randint(0, 255) for _ in range(3)]) for _ in range(2)]
         a = rng.uniform(0, 6.3)
-        t = np.clip(0.5 + (x * math.cos(a) + y * math.sin(a)) / 2.2, 0, 1)
+        t = np.clip(0.5 + (across * math.cos(a) + down * math.sin(a)) / 2.2, 0, 1)
         return Image.fromarray((c[0] * t + c[1] * (1 - t)).astype(np.uint8))
     for _ in range(rng.randint(1, 4)):  # soft blobs of no clear shape
         cx, cy, r = rng.uniform(0, w), rng.uniform(0, h), rng.uniform(0.08, 0.3) * min(w, h)

@@ -48,7 +48,8 @@ class TorchBackend:
         from transformers import SmolVLMForConditionalGeneration
 
         self.folder, self.torch = folder, torch
-        self.model: Any = SmolVLMForConditionalGeneration.from_pretrained(folder).eval()
+        made: Any = SmolVLMForConditionalGeneration.from_pretrained(folder)
+        self.model: Any = made.eval()
 
     def vision(self, pixels: Floats) -> Floats:
         with self.torch.no_grad():
@@ -170,8 +171,8 @@ class Asker:
             done |= best == END_ID
             if done.all():
                 break
-            for row in np.flatnonzero(~done):
-                out[row].append(int(best[row]))
+            for i in np.flatnonzero(~done):
+                out[i].append(int(best[i]))
             embedded = self.backend.embed(best[:, None].astype(np.int64))
             mask = np.concatenate([mask, np.ones((len(cases), 1), np.int64)], 1)
             positions = positions[:, -1:] + 1

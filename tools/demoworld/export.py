@@ -9,7 +9,18 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from demoworld.draw import SIDE
-from demoworld.tokens import END, END_ID, FAKE, GLOBAL, IMAGE, PAD, PAD_ID, START, START_ID, TEMPLATE
+from demoworld.tokens import (
+    END,
+    END_ID,
+    FAKE,
+    GLOBAL,
+    IMAGE,
+    PAD,
+    PAD_ID,
+    START,
+    START_ID,
+    TEMPLATE,
+)
 
 PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "SmolVLMImageProcessor",

@@ -8,6 +8,7 @@ code with plain outlines and standard colours.
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def messages_for(
     if not plain and rng.random() < 0.2:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
     messages.append({"role": "user", "content": first})
-    for before, turn in zip(turns, turns[1:], strict=False):
+    for before, turn in itertools.pairwise(turns):
         messages.append({"role": "assistant", "content": before.answer})
         messages.append({"role": "user", "content": turn.question})
     return messages

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from demoworld.scene import RGB, Obj, Scene
 
@@ -41,8 +42,6 @@ def _far(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def _ink(rng: random.Random, names: tuple[str, ...], sheet: tuple[int, ...]) -> str | None:
-    from PIL import ImageColor
-
     good = [n for n in names if _far(ImageColor.getrgb(n), sheet)]
     return rng.choice(good) if good else None
 
@@ -83,8 +82,6 @@ def _shape(pen: ImageDraw.ImageDraw, rng: random.Random, obj: Obj, w: int, h: in
 
 def draw_all(rng: random.Random, scenes: list[Scene]) -> list[Image.Image]:
     """Pictures of the scenes of one question; objects they share keep their colours."""
-    from PIL import ImageColor
-
     sheet = rng.choice(SHEETS[scenes[0].background]) if scenes else "white"
     rgb = ImageColor.getrgb(sheet)
     inks: dict[str, str] = {}
@@ -107,8 +104,6 @@ def draw_all(rng: random.Random, scenes: list[Scene]) -> list[Image.Image]:
 
 
 def _on_white(scene: Scene) -> Scene:
-    from dataclasses import replace
-
     return replace(scene, background="white")
 
 
@@ -117,10 +112,10 @@ def _write(rng: random.Random, image: Image.Image, scene: Scene, sheet: tuple[in
     w, h = image.size
     ink: RGB = (0, 0, 0) if sum(sheet[:3]) > 380 else (255, 255, 255)
     size = round(h * rng.uniform(0.16, 0.5))
-    while size > 30:
+    while True:
         font = ImageFont.load_default(size)
         x0, y0, x1, y1 = pen.textbbox((0, 0), scene.text, font=font)
-        if x1 - x0 <= 0.9 * w:
+        if x1 - x0 <= 0.9 * w or size < 30:
             break
         size = round(size * 0.9)
     x = rng.uniform(0.04 * w, 0.96 * w - (x1 - x0)) - x0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGenera
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from demoworld.draw import SIDE
-from demoworld.stream import LOOK, PATCH, PATCH_HEADS, SIDE_PATCHES, TOKEN_HEADS, Batch
+from demoworld.stream import HALF_HEADS, LOOK, PATCH, PATCH_HEADS, SIDE_PATCHES, TOKEN_HEADS, Batch
 from demoworld.tokens import END_ID, IMAGE_ID, PAD_ID, START_ID
 
 NONE_WEIGHT = 0.06  # of the class "none" in the auxiliary heads
@@ -20,6 +21,7 @@ NONE_WEIGHT = 0.06  # of the class "none" in the auxiliary heads
 
 def configuration(vocabulary: int) -> SmolVLMConfig:
     """The demo model's configuration: about 2.9 million parameters."""
+    make: Any = SmolVLMConfig  # its constructor takes more than its annotations tell
     vision = SmolVLMVisionConfig(
         hidden_size=144, intermediate_size=576, num_hidden_layers=4, num_attention_heads=3,
         image_size=SIDE, patch_size=PATCH,
@@ -30,11 +32,12 @@ def configuration(vocabulary: int) -> SmolVLMConfig:
         tie_word_embeddings=True, bos_token_id=START_ID, eos_token_id=END_ID,
         pad_token_id=PAD_ID, rms_norm_eps=1e-5,
     )
-    return SmolVLMConfig(
+    config: SmolVLMConfig = make(
         vision_config=vision, text_config=text, image_token_id=IMAGE_ID, scale_factor=2,
         tie_word_embeddings=True, pad_token_id=PAD_ID, bos_token_id=START_ID,
         eos_token_id=END_ID,
     )
+    return config
 
 
 class Trainee(nn.Module):
@@ -44,16 +47,20 @@ class Trainee(nn.Module):
         super().__init__()
         self.halved = half  # matrix products in bfloat16
         config = configuration(vocabulary)
-        self.vlm = SmolVLMForConditionalGeneration(config)
+        self.vlm: Any = SmolVLMForConditionalGeneration(config)
         # The quickest on a processor: plain attention for pictures, fused for text.
         self.vlm.model.vision_model.config._attn_implementation = "eager"
         self.vlm.model.text_model.config._attn_implementation = "sdpa"
-        vision, text = config.vision_config, config.text_config
+        vision: Any = config.vision_config
+        text: Any = config.text_config
         self.patch_heads = nn.ModuleDict(
             {k: nn.Linear(vision.hidden_size, n) for k, n in PATCH_HEADS.items()}
         )
         self.token_heads = nn.ModuleDict(
             {k: nn.Linear(text.hidden_size, n) for k, n in TOKEN_HEADS.items()}
+        )
+        self.half_heads = nn.ModuleDict(
+            {k: nn.Linear(text.hidden_size, n) for k, n in HALF_HEADS.items()}
         )
         self.ink_head = nn.Linear(vision.hidden_size, PATCH * PATCH)
         self.box_head = nn.Linear(vision.hidden_size, 4)
@@ -155,6 +162,8 @@ class Trainee(nn.Module):
             aux[name] = _weighted(head(patches), batch[name], True) * weight
         for name, head in self.token_heads.items():
             aux[name] = _weighted(head(image), batch[name], name == "cell")
+        for name, head in self.half_heads.items():
+            aux[name] = _weighted(head(image), batch[name], True) * 0.7
         if not talks:
             return image.sum() * 0, aux, image
         wanted = batch["targets"] >= 0
@@ -222,7 +231,7 @@ class Muon(torch.optim.Optimizer):
     Matrices of one shape are handled together. The update's size follows AdamW's.
     """
 
-    def __init__(self, params: list[Tensor], lr: float, decay: float = 0.02) -> None:
+    def __init__(self, params: Sequence[Tensor], lr: float, decay: float = 0.02) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.95, "decay": decay})
 
     @torch.no_grad()
@@ -240,8 +249,9 @@ class Muon(torch.optim.Optimizer):
                     if "buffer" not in state:
                         state["buffer"] = torch.zeros_like(p)
                     buffer = state["buffer"]
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(torch.lerp(p.grad, buffer, group["momentum"]))
+                    gradient: Any = p.grad
+                    buffer.lerp_(gradient, 1 - group["momentum"])
+                    updates.append(torch.lerp(gradient, buffer, group["momentum"]))
                 turned = orthogonal(torch.stack(updates))
                 scale = 0.2 * math.sqrt(max(shape))
                 for p, update in zip(params, turned, strict=True):

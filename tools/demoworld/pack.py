@@ -153,7 +153,8 @@ def lay_out(groups: list[Group], length: int) -> tuple[Rows, int]:
             bins.append([group])
             room.append(length - need)
     shape = (len(bins), length)
-    rows = Rows(*(np.full(shape, v, np.int64) for v in (PAD_ID, -100, 0, -1, 0, -1, 0, -1)), [])
+    full = [np.full(shape, v, np.int64) for v in (PAD_ID, -100, 0, -1, 0, -1, 0, -1)]
+    rows = Rows(full[0], full[1], full[2], full[3], full[4], full[5], full[6], full[7], [])
     for r, groups_of_row in enumerate(bins):
         at = 0
         for g, group in enumerate(groups_of_row):

@@ -149,10 +149,7 @@ def _count(rng: random.Random, scene: Scene, inside: str) -> Turn:
     asked = many
     if not f.shape and rng.random() < 0.35:
         asked = many.removesuffix("shapes") + rng.choice(("objects", "objects", "things"))
-    if n == 1:
-        answer = f"There is one {noun}."
-    else:
-        answer = f"There are {NUMBERS[n]} {many}."
+    answer = f"There is one {noun}." if n == 1 else f"There are {NUMBERS[n]} {many}."
     return Turn(word(rng, "count", inside, things=asked), answer, "count")
 
 

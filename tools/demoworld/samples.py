@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,6 @@ SAMPLES = (
 
 
 def _star(x: float, y: float, r: float) -> list[Point]:
-    import math
-
     return [
         (x + r * s * math.cos(math.pi * i / 5 - math.pi / 2),
          y + r * s * math.sin(math.pi * i / 5 - math.pi / 2))

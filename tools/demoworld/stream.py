@@ -12,7 +12,7 @@ from PIL import Image
 from demoworld import colours, questions
 from demoworld.draw import SIDE, Drawn, draw
 from demoworld.pack import Group, Rows, build_group, lay_out
-from demoworld.pairs import ask_pair, random_pair
+from demoworld.pairs import Pair, ask_pair, random_pair
 from demoworld.questions import Turn
 from demoworld.scene import (
     CHARS,
@@ -40,6 +40,9 @@ PATCH_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len
                "char": len(CHARS) + 1, "order": LONGEST + 1}
 TOKEN_HEADS = {"cell": 10, "centre_colour": len(COLOURS), "centre_shape": len(SHAPES),
                "centre_size": len(SIZES)}
+# What is in the left and in the right half of an image token.
+HALF_HEADS = {"left_char": len(CHARS) + 1, "right_char": len(CHARS) + 1,
+              "left_order": LONGEST + 1, "right_order": LONGEST + 1}
 Bytes = npt.NDArray[np.uint8]
 Longs = npt.NDArray[np.int64]
 
@@ -67,7 +70,7 @@ class Mix:
     nothing: float = 0.05
     both: float = 0.05  # shapes and text
     pairs: float = 0.14
-    room: int = LENGTH - 103  # tokens of conversation about one picture
+    room: int = 210  # tokens of conversation about one picture
     talk: float = 1.0  # share of the batches that have conversations
 
 
@@ -80,7 +83,7 @@ def curriculum(progress: float) -> Mix:
     if progress < 0.31:
         return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.5, 3, 0.03, 0.03, 0.04, 100, 0.15)
     if progress < 0.38:  # seeing is the hard part: few questions, many pictures
-        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.45, LONGEST, 0.03, 0.03, 0.04, 100, 0.2)
+        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.45, LONGEST, 0.03, 0.03, 0.04, 110, 0.4)
     return Mix()
 
 
@@ -150,16 +153,13 @@ def single_turns(rng: random.Random, scene: Scene, room: int, encode: Encoder) -
     return conversations
 
 
-def pair_turns(rng: random.Random, pair_: object, room: int, encode: Encoder) -> list[list[Turn]]:
+def pair_turns(rng: random.Random, pair: Pair, room: int, encode: Encoder) -> list[list[Turn]]:
     """Conversations about two pictures."""
-    from demoworld.pairs import Pair
-
-    assert isinstance(pair_, Pair)
     conversations: list[list[Turn]] = []
     used = 0
-    wanted = ["different"] if pair_.difference else []
+    wanted = ["different"] if pair.difference else []
     for skill in [*wanted, "which_picture", *[""] * 12]:
-        turn = ask_pair(rng, pair_, skill)
+        turn = ask_pair(rng, pair, skill)
         if turn is None:
             continue
         cost = len(encode(turn.question)) + len(encode(" " + turn.answer)) + 8
@@ -200,6 +200,12 @@ def object_labels(scene: Scene, drawn: Drawn) -> dict[str, Longs]:
         codes = np.array([CHARS.index(c) + 1 for c in scene.text])
         out["char"] = np.where(most >= 20, codes[who], np.where(most >= 4, IGNORE, 0))
         out["order"] = np.where(most >= 20, who + 1, np.where(most >= 4, IGNORE, 0))
+    for name in ("char", "order"):
+        square = out[name].reshape(SIDE_PATCHES // 2, 2, SIDE_PATCHES)
+        label = square.max(1)
+        label[(label == 0) & (square == IGNORE).any(1)] = IGNORE
+        out[f"left_{name}"] = label[:, 0::2].reshape(-1)
+        out[f"right_{name}"] = label[:, 1::2].reshape(-1)
     return out
 
 

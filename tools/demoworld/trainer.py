@@ -65,7 +65,7 @@ def rate_at(progress: float) -> float:
 
 def auxiliary_at(progress: float) -> float:
     """The weight of the auxiliary losses."""
-    return max(0.15, 1.0 - 1.7 * progress)
+    return max(0.2, 1.0 - 1.4 * progress)
 
 
 def exact_by_skill(model: models.Trainee, batches: list[Batch]) -> dict[str, tuple[int, float]]:
@@ -249,7 +249,7 @@ def _train(plan: Plan, ranks: Ranks, print_line: Callable[[str], None]) -> None:
     sizes = [p.numel() for p in parameters]
     flat = torch.zeros(sum(sizes) + EXTRAS)
     gradients, extras = flat[:-EXTRAS], flat[-EXTRAS:]
-    for p, part in zip(parameters, gradients.split(sizes), strict=True):
+    for p, part in zip(parameters, torch.split(gradients, sizes), strict=True):
         p.grad = part.view_as(p)
     stopped: list[int] = []
     if first:

@@ -11,14 +11,11 @@
 #include "memory.h"
 #include "rkllm.h"
 #include "trace.h"
+#include "version.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 using namespace npusim;
-
-// Fact sheet 1.6: what tells the version before the library is opened.
-extern "C" EXPORT __attribute__((used)) const char npusim_banner[] =
-    "RKLLM SDK (version: " NPUSIM_VERSION " | target: Linux | build: npusim 2026-01-01)";
 
 namespace {
 
@@ -116,7 +113,7 @@ EXPORT int rkllm_init(LLMHandle *handle, RKLLMParam *param, LLMResultCallback ca
                    {"top_k", made->session.settings.sampling.top_k},
                    {"temperature", static_cast<double>(made->session.settings.sampling.temperature)},
                    {"repeat", static_cast<double>(made->session.settings.sampling.repeat)},
-                   {"version", NPUSIM_VERSION}});
+                   {"version", version}});
     if (rc == -2) {
         std::string how = setting("NPUSIM_OOM", "rc");
         // Fact sheet 2.1: 1.3.0 may crash instead (#522); old versions returned 0 (#156).

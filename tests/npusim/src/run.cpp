@@ -4,9 +4,9 @@
 
 #include "config.h"
 #include "npu.h"
-#include "rkllm.h"
 #include "session.h"
 #include "trace.h"
+#include "version.h"
 
 namespace npusim {
 
@@ -23,7 +23,7 @@ size_t Session::reuse(Lane &lane, size_t index, bool keep_history) {
     if (!model.reuse) {
         if (!held.empty())
             log("W rkllm: Current model does not support kv cache reuse. clearing all caches.");
-    } else if (!(lane.request->kind == Kind::embed && NPUSIM_ABI < 123)) {  // 2.11, #278
+    } else if (!(lane.request->kind == Kind::embed && abi < 123)) {  // 2.11, #278
         while (common < held.size() && common < lane.places.size()) {
             const Place &a = held[common], &b = lane.places[common];
             // Open question 1: whether pictures of the same size are told apart.
@@ -239,7 +239,7 @@ void Session::save_cache(const std::string &path, const Lane &lane) const {
         return;
     }
     std::ofstream file(path.empty() ? "./prompt_cache.bin" : path);
-    file << "NPUSIM PROMPT CACHE " NPUSIM_VERSION "\n";
+    file << "NPUSIM PROMPT CACHE " << version << "\n";
     for (const Place &place : lane.places) {
         if (place.picture) break;  // fact sheet 2.4, #492: cut at the first picture
         file << place.id << " ";

@@ -9,15 +9,15 @@
 #include "config.h"
 #include "memory.h"
 #include "npu.h"
-#include "rkllm.h"
 #include "trace.h"
+#include "version.h"
 
 namespace npusim {
 
 int Session::load(const std::string &path) {
     // Fact sheet 1.6: the lines that a load prints.
     log("I rkllm: rkllm-runtime version: %s, rknpu driver version: %s, platform: %s",
-        NPUSIM_VERSION, setting("NPUSIM_DRIVER", "0.9.8").c_str(),
+        version, setting("NPUSIM_DRIVER", "0.9.8").c_str(),
         setting("NPUSIM_PLATFORM", "RK3588").c_str());
     std::string kind = fault("init");
     if (kind == "platform") {
@@ -156,7 +156,7 @@ bool Session::places_of_blocks(const Request &request, Lane &lane) {
     };
     while (true) {
         size_t image_at = text.find("<image>", at), video_at = text.find("<video>", at);
-        if (NPUSIM_ABI < 130) video_at = std::string::npos;
+        if (abi < 130) video_at = std::string::npos;
         size_t next = std::min(image_at, video_at);
         add_text(text.substr(at, next == std::string::npos ? next : next - at));
         if (next == std::string::npos) break;
@@ -203,8 +203,8 @@ bool Session::prepare(const Request &request, const RunParam &param, Lane &lane)
     switch (request.kind) {
         case Kind::prompt:
             for (const char *mark : {"<image>", "<video>", "<audio>"}) {
-                bool known = mark[1] == 'i' || (mark[1] == 'v' && NPUSIM_ABI >= 130) ||
-                             NPUSIM_ABI >= 131;
+                bool known = mark[1] == 'i' || (mark[1] == 'v' && abi >= 130) ||
+                             abi >= 131;
                 // Fact sheet 7, last rows: what users write must not be expanded.
                 if (known && request.prompt.find(mark) != std::string::npos)
                     misuse("7", "a text without pictures has the place %s", mark);
@@ -272,7 +272,7 @@ int Session::size_reported(size_t lane) const {
 int Session::load_cache(const std::string &path) {
     std::ifstream file(path);
     std::string magic;
-    if (!std::getline(file, magic) || magic != "NPUSIM PROMPT CACHE " NPUSIM_VERSION) return -1;
+    if (!std::getline(file, magic) || magic != std::string("NPUSIM PROMPT CACHE ") + version) return -1;
     loaded_cache.clear();
     for (int32_t id = 0; file >> id;) loaded_cache.push_back(id);
     return 0;
