@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import stat
 import sys
 from collections import deque
@@ -48,7 +49,7 @@ class Here:
         program = elf.read(Path("/proc/self/exe"))
         given = os.environ.get("LD_LIBRARY_PATH", "")
         return cls(
-            user=os.environ.get("USER", "") or f"uid {os.geteuid()}",
+            user=_name(os.geteuid()),
             uid=os.geteuid(),
             gids=frozenset({os.getegid(), *os.getgroups()}),
             # The program, not the kernel: a 32-bit Python on a 64-bit kernel loads 32-bit libraries.
@@ -57,6 +58,13 @@ class Here:
             folders=tuple(folder for folder in sys.path if folder.startswith("/")),
             library_path=tuple(folder for folder in given.split(":") if folder),
         )
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +147,6 @@ class Root:
     def exists(self, path: str) -> bool:
         """Whether something is there, behind the links."""
         return path in self._nodes or os.path.lexists(self.real(path))
-
-    def denied(self, path: str) -> bool:
-        """Whether a file is kept from us, or may be: its folder is."""
-        try:
-            return not os.access(self.real(path), os.R_OK) and not os.access(
-                self.real(os.path.dirname(path)), os.X_OK
-            )
-        except OSError:
-            return True
 
     def names(self, folder: str) -> list[str]:
         """Return what is in a folder, in order of names, at most ``MAX_NAMES``."""

@@ -84,7 +84,7 @@ def test_the_whole_house_cancelled_at_every_step(folder: Path) -> None:
             assert not houses[-1].tools.lease.held
             assert houses[-1].scheduler.gate.jobs == 0
         assert Blob.live == 0
-        assert descriptors() == before
+        assert descriptors() <= before
 
     assert cancel_everywhere(scenario, check) > 100
 

@@ -102,10 +102,10 @@ def settings_for(tmp: Path, **sections: dict[str, Any]) -> Settings:
         "http": {"bind": "127.0.0.1:0"},
         "control": {"path": str(tmp / "control.sock")},
         "engine": {
-            "first_token_seconds": 1.0, "prefill_rate": 1000.0, "token_seconds": 1.0,
-            "abort_seconds": 0.5, "encode_seconds": 1.0, "grace_seconds": 2.0,
+            "first_token_seconds": 4.0, "prefill_rate": 1000.0, "token_seconds": 4.0,
+            "abort_seconds": 1.0, "encode_seconds": 4.0, "grace_seconds": 5.0,
         },
-        "prep": {"job_seconds": 5.0},
+        "prep": {"job_seconds": 30.0},
     }  # fmt: skip
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}

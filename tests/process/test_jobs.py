@@ -94,7 +94,9 @@ async def test_fault(tmp_path: Path, role: str, at: str, kind: str, reason: str)
     }  # fmt: skip
     scripts = Scripts({}, {}, {})
     getattr(scripts, role)["fault"] = fault
-    async with open_house(tmp_path, scripts=scripts, prep={"job_seconds": 1.0}) as house:
+    async with open_house(
+        tmp_path, scripts=scripts, prep={"job_seconds": 4.0 if kind == "hang" else 30.0}
+    ) as house:
         with trio.fail_after(60):
             text, end = await collect(submit(house, chat(pictures=1)))
         assert end.reason == reason, end

@@ -111,7 +111,8 @@ def test_every_skill_answers_every_kind_of_scene() -> None:
         for skill in questions.SINGLE_SKILLS:
             for _ in range(30):
                 turn = questions.ask(rng, scene, skill)
-                assert turn.question and turn.answer.endswith(".")
+                assert turn.question
+                assert turn.answer.endswith(".")
                 assert "{" not in turn.question + turn.answer
 
 
@@ -150,7 +151,8 @@ def test_training_never_sees_held_out_combinations() -> None:
         assert not scene_held_out(stream.text_scene(rng, 6))
         assert not scene_held_out(stream.both_scene(rng, 6))
         pair = pairs.random_pair(rng)
-        assert not scene_held_out(pair.first) and not scene_held_out(pair.second)
+        assert not scene_held_out(pair.first)
+        assert not scene_held_out(pair.second)
     for _ in range(30):
         assert scene_held_out(object_scene(rng, 3, want_held_out=True))
     share = np.mean(
@@ -175,7 +177,8 @@ def test_drawing_is_repeatable_and_labelled(fonts: Fonts) -> None:
         for i, obj in enumerate(scene.objects, 1):
             assert obj.cell == int(obj.y * 3) * 3 + int(obj.x * 3)
             x0, y0, x1, y1 = box(obj)
-            assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+            assert 0 <= x0 < x1 <= 1
+            assert 0 <= y0 < y1 <= 1
             assert (one.objects == i).any()
     written = draw(replace(stream.text_scene(rng, 6), text="AB1"), fonts)
     assert set(np.unique(written.chars)) == {0, 1, 2, 3}

@@ -35,7 +35,9 @@ class Backend(Protocol):
         """(rows, length) to (rows, length, width)."""
         ...
 
-    def decode(self, embedded: Floats, mask: Ints, positions: Ints, past: Any) -> tuple[Floats, Any]:
+    def decode(
+        self, embedded: Floats, mask: Ints, positions: Ints, past: Any
+    ) -> tuple[Floats, Any]:
         """The last position's logits (rows, vocabulary) and the new past."""
         ...
 
@@ -65,7 +67,9 @@ class TorchBackend:
             out: Floats = self.model.get_input_embeddings()(self.torch.from_numpy(ids)).numpy()
         return out
 
-    def decode(self, embedded: Floats, mask: Ints, positions: Ints, past: Any) -> tuple[Floats, Any]:
+    def decode(
+        self, embedded: Floats, mask: Ints, positions: Ints, past: Any
+    ) -> tuple[Floats, Any]:
         with self.torch.no_grad():
             out = self.model.model.text_model(
                 inputs_embeds=self.torch.from_numpy(embedded),
@@ -114,7 +118,9 @@ class OnnxBackend:
         out: Floats = self._embed.run(None, {self._embed.get_inputs()[0].name: ids})[0]
         return out
 
-    def decode(self, embedded: Floats, mask: Ints, positions: Ints, past: Any) -> tuple[Floats, Any]:
+    def decode(
+        self, embedded: Floats, mask: Ints, positions: Ints, past: Any
+    ) -> tuple[Floats, Any]:
         if past is None:
             past = {}
             for i in self._past:
@@ -142,9 +148,7 @@ class Asker:
         """The prompt's tokens with the pictures' places spread out."""
         text = self.template.render(messages=messages, add_generation_prompt=True)
         shown = FAKE + GLOBAL + IMAGE * IMAGE_TOKENS + FAKE
-        return list(
-            self.tokenizer.encode(text.replace(IMAGE, shown), add_special_tokens=False).ids
-        )
+        return list(self.tokenizer.encode(text.replace(IMAGE, shown), add_special_tokens=False).ids)
 
     def answers(self, cases: list[Case]) -> list[str]:
         """The model's answers, without the space in front."""
@@ -207,8 +211,15 @@ def measure(
                 question = case.messages[-1]["content"]
                 if not isinstance(question, str):
                     question = " ".join(p["text"] for p in question if p["type"] == "text")
-                wrong.append({"skill": case.skill, "question": question, "answer": answer,
-                              "expected": case.expected, "scene": case.scene})
+                wrong.append(
+                    {
+                        "skill": case.skill,
+                        "question": question,
+                        "answer": answer,
+                        "expected": case.expected,
+                        "scene": case.scene,
+                    }
+                )
     return right, total
 
 
@@ -232,18 +243,27 @@ def table(results: dict[str, dict[str, tuple[int, int]]], markdown: bool) -> str
         return "\n".join("| " + " | ".join(r) + " |" for r in rows)
     widths = [max(len(r[i]) for r in [head, *lines]) for i in range(len(head))]
     return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w)
-                  for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(r, widths, strict=True))
+        )
         for r in [head, *lines]
     )
 
 
 def as_json(results: dict[str, dict[str, tuple[int, int]]]) -> str:
     """The results for other programs."""
-    return json.dumps({
-        drawing: {
-            skill: {"questions": total, "exact": right, "percent": round(100 * right / total, 2)}
-            for skill, (right, total) in of.items()
-        }
-        for drawing, of in results.items()
-    }, indent=2)
+    return json.dumps(
+        {
+            drawing: {
+                skill: {
+                    "questions": total,
+                    "exact": right,
+                    "percent": round(100 * right / total, 2),
+                }
+                for skill, (right, total) in of.items()
+            }
+            for drawing, of in results.items()
+        },
+        indent=2,
+    )

@@ -60,8 +60,11 @@ def write_folder(model: Any, tokenizer: Tokenizer, out: Path) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     (out / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     generation = {
-        "bos_token_id": START_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID,
-        "do_sample": False, "max_new_tokens": 128,
+        "bos_token_id": START_ID,
+        "eos_token_id": END_ID,
+        "pad_token_id": PAD_ID,
+        "do_sample": False,
+        "max_new_tokens": 128,
     }
     for name, value in (
         ("preprocessor_config.json", PREPROCESSOR),

@@ -55,7 +55,9 @@ def _star(x: float, y: float, rx: float, ry: float, inner: float) -> list[tuple[
     return points
 
 
-def _shape(pen: ImageDraw.ImageDraw, rng: random.Random, obj: Obj, w: int, h: int, ink: str) -> None:
+def _shape(
+    pen: ImageDraw.ImageDraw, rng: random.Random, obj: Obj, w: int, h: int, ink: str
+) -> None:
     """One shape of the object's extent at its centre, kept inside the sheet."""
     side = min(obj.extent, 0.62) * math.sqrt(w * h) / 2
     x = min(max(obj.x * w, side + 2), w - side - 2)

@@ -23,18 +23,35 @@ def configuration(vocabulary: int) -> SmolVLMConfig:
     """The demo model's configuration: about 2.9 million parameters."""
     make: Any = SmolVLMConfig  # its constructor takes more than its annotations tell
     vision = SmolVLMVisionConfig(
-        hidden_size=144, intermediate_size=576, num_hidden_layers=4, num_attention_heads=3,
-        image_size=SIDE, patch_size=PATCH,
+        hidden_size=144,
+        intermediate_size=576,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=SIDE,
+        patch_size=PATCH,
     )
     text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=192, intermediate_size=448, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=START_ID, eos_token_id=END_ID,
-        pad_token_id=PAD_ID, rms_norm_eps=1e-5,
+        vocab_size=vocabulary,
+        hidden_size=192,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=START_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+        rms_norm_eps=1e-5,
     )
     config: SmolVLMConfig = make(
-        vision_config=vision, text_config=text, image_token_id=IMAGE_ID, scale_factor=2,
-        tie_word_embeddings=True, pad_token_id=PAD_ID, bos_token_id=START_ID,
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_ID,
+        scale_factor=2,
+        tie_word_embeddings=True,
+        pad_token_id=PAD_ID,
+        bos_token_id=START_ID,
         eos_token_id=END_ID,
     )
     return config
@@ -74,7 +91,9 @@ class Trainee(nn.Module):
     def _start(self) -> None:
         """Starting weights that learn quickly: patches know their place and look nearby."""
         for name, p in self.vlm.named_parameters():
-            if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
+            if name.endswith(
+                ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+            ):
                 nn.init.normal_(p, std=0.02 / math.sqrt(8))
         core = self.vlm.model.vision_model
         width = core.embeddings.position_embedding.weight.shape[1]
@@ -103,8 +122,10 @@ class Trainee(nn.Module):
 
     def compile_layers(self) -> None:
         """Compiles the layers, which pays in long runs."""
-        for layer in (*self.vlm.model.vision_model.encoder.layers,
-                      *self.vlm.model.text_model.layers):
+        for layer in (
+            *self.vlm.model.vision_model.encoder.layers,
+            *self.vlm.model.text_model.layers,
+        ):
             layer.compile(dynamic=True)
 
     def see(self, pixels: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -133,8 +154,10 @@ class Trainee(nn.Module):
             where[..., None], image[batch["picture"][where], batch["patch"][where]]
         )
         out = text(
-            inputs_embeds=embedded, attention_mask=batch["mask"],
-            position_ids=batch["positions"], use_cache=False,
+            inputs_embeds=embedded,
+            attention_mask=batch["mask"],
+            position_ids=batch["positions"],
+            use_cache=False,
         )
         last: Tensor = out.last_hidden_state
         return last
@@ -156,7 +179,9 @@ class Trainee(nn.Module):
             boxes = self.box_head(part)
             aux["box"] = F.smooth_l1_loss(boxes, batch["boxes"][known], beta=0.1) * 3
         for name, head in self.early_heads.items():
-            aux[f"early_{name}"] = _weighted(head(early[2].float()), batch[name], True) * (1.0 if name == "char" else 0.5)
+            aux[f"early_{name}"] = _weighted(head(early[2].float()), batch[name], True) * (
+                1.0 if name == "char" else 0.5
+            )
         for name, head in self.patch_heads.items():
             weight = 2.0 if name == "char" else 1.0
             aux[name] = _weighted(head(patches), batch[name], True) * weight
@@ -285,6 +310,8 @@ def optimisers(model: Trainee, lr: float) -> list[torch.optim.Optimizer]:
             plain.append(p)
     adam = torch.optim.AdamW(
         [{"params": others, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.98), eps=1e-9,
+        lr=lr,
+        betas=(0.9, 0.98),
+        eps=1e-9,
     )
     return [Muon(matrices, 2 * lr), adam]

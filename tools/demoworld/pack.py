@@ -19,8 +19,15 @@ from demoworld.wording import SYSTEMS
 
 IMAGE_TOKENS = 64
 Ints = npt.NDArray[np.int64]
-LEADS = ("Look at this.", "Here is a picture.", "Look at this picture:", "See this image:",
-         "I have a question about this picture.", "Here:", "Look:")
+LEADS = (
+    "Look at this.",
+    "Here is a picture.",
+    "Look at this picture:",
+    "See this image:",
+    "I have a question about this picture.",
+    "Here:",
+    "Look:",
+)
 
 
 @dataclass

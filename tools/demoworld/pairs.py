@@ -54,7 +54,10 @@ def _changed(rng: random.Random, first: Scene, held_out: bool | None) -> Pair | 
     old = rng.choice(single)
     rest = [o for o in first.objects if o is not old]
     fixed: dict[str, str | int] = {
-        "shape": old.shape, "colour": old.colour, "size": old.size, "cell": old.cell
+        "shape": old.shape,
+        "colour": old.colour,
+        "size": old.size,
+        "cell": old.cell,
     }
     kind = rng.choices(("colour", "shape", "size", "place", "gone", "both"), (3, 3, 2, 3, 3, 1))[0]
     if kind in ("colour", "both"):
@@ -130,9 +133,12 @@ def _which(rng: random.Random, pair: Pair) -> Turn:
 
 def ask_pair(rng: random.Random, pair: Pair, skill: str = "") -> Turn | None:
     """One question about a pair, or None when the skill does not fit it."""
-    skill = skill or rng.choices(
-        ("which_picture", "different", "same", "both", "one"), (0.36, 0.3, 0.05, 0.05, 0.3)
-    )[0]
+    skill = (
+        skill
+        or rng.choices(
+            ("which_picture", "different", "same", "both", "one"), (0.36, 0.3, 0.05, 0.05, 0.3)
+        )[0]
+    )
     if skill == "which_picture":
         return _which(rng, pair)
     if skill == "different":

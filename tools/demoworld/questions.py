@@ -17,8 +17,16 @@ NOTHING = "There is nothing I know in this picture."
 SEND = "Please send me a picture."
 # The skills of a single picture with their share of the training questions.
 SINGLE_SKILLS = {
-    "caption": 1.0, "count": 1.0, "exists": 1.0, "colour": 1.0, "shape": 0.8, "at": 0.5,
-    "where": 1.0, "size": 0.5, "read": 0.3, "any_text": 0.15,
+    "caption": 1.0,
+    "count": 1.0,
+    "exists": 1.0,
+    "colour": 1.0,
+    "shape": 0.8,
+    "at": 0.5,
+    "where": 1.0,
+    "size": 0.5,
+    "read": 0.3,
+    "any_text": 0.15,
 }
 
 
@@ -33,7 +41,7 @@ class Turn:
 
 
 def join(parts: list[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     if len(parts) < 2:
         return "".join(parts)
     return ", ".join(parts[:-1]) + " and " + parts[-1]
@@ -168,7 +176,11 @@ def _exists(rng: random.Random, scene: Scene, inside: str) -> Turn:
     if f.size and rng.random() < 0.3:
         asked = noun.replace("large", "big")
     question = word(
-        rng, "exists", inside, a_thing=article(asked), thing=asked,
+        rng,
+        "exists",
+        inside,
+        a_thing=article(asked),
+        thing=asked,
         things=asked.removesuffix(f.shape or "shape") + plural(f.shape or "shape"),
     )
     answer = f"Yes, there is {article(noun)}." if fits else f"No, there is no {noun}."
@@ -245,8 +257,9 @@ def _at(rng: random.Random, scene: Scene, inside: str) -> Turn:
 
 
 def _where(rng: random.Random, scene: Scene, inside: str) -> Turn:
-    f = random_filter(rng, scene, rng.choices(("s", "sc", "zsc", "c", "zs"), (40, 40, 5, 8, 7))[0],
-                      0.88)
+    f = random_filter(
+        rng, scene, rng.choices(("s", "sc", "zsc", "c", "zs"), (40, 40, 5, 8, 7))[0], 0.88
+    )
     fits = f.among(scene.objects)
     question = word(rng, "where", inside, thing=_asked_noun(rng, f))
     if not fits:
@@ -274,9 +287,7 @@ def reading(scene: Scene) -> str:
     return f"It says {scene.text}." if scene.text else "There is no text."
 
 
-def ask(
-    rng: random.Random, scene: Scene, skill: str, inside: str = "", nth: str = ""
-) -> Turn:
+def ask(rng: random.Random, scene: Scene, skill: str, inside: str = "", nth: str = "") -> Turn:
     """One question of a skill about one picture.
 
     ``inside`` and ``nth`` name the picture ("in the second picture", "second") when it is
@@ -291,15 +302,26 @@ def ask(
     if skill == "any_text":
         answer = "Yes, there is text." if scene.text else "No, there is no text."
         return Turn(word(rng, "any_text", inside), answer, "any_text")
-    makers = {"count": _count, "exists": _exists, "colour": _colour, "shape": _shape, "at": _at,
-              "where": _where, "size": _size}
+    makers = {
+        "count": _count,
+        "exists": _exists,
+        "colour": _colour,
+        "shape": _shape,
+        "at": _at,
+        "where": _where,
+        "size": _size,
+    }
     return makers[skill](rng, scene, inside)
 
 
 def follow_up(rng: random.Random, scene: Scene, topic: Obj, told: str) -> Turn:
     """A question about the object that the last answer named."""
-    kinds = {"it_colour": f"It is {topic.colour}.", "it_where": f"It is {topic.place}.",
-             "it_size": f"It is {topic.size}.", "it_shape": f"It is {article(topic.shape)}."}
+    kinds = {
+        "it_colour": f"It is {topic.colour}.",
+        "it_where": f"It is {topic.place}.",
+        "it_size": f"It is {topic.size}.",
+        "it_shape": f"It is {article(topic.shape)}.",
+    }
     weights = [1.0 if answer[6:-1] not in told else 0.3 for answer in kinds.values()]
     kind = rng.choices((*kinds, "others"), (*weights, 0.6))[0]
     if kind == "others":

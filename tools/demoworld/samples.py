@@ -26,8 +26,10 @@ SAMPLES = (
     Sample(
         ("shapes.png",),
         ("What is in this picture?",),
-        ("A large red circle in the top left corner, a small blue star in the middle and "
-         "a small green cross on the right.",),
+        (
+            "A large red circle in the top left corner, a small blue star in the middle and "
+            "a small green cross on the right.",
+        ),
     ),
     Sample(
         ("circles.png",),
@@ -43,16 +45,20 @@ SAMPLES = (
     Sample(
         ("before.png", "after.png"),
         ("What is different?", "Which picture has the green triangle?"),
-        ("The first picture has a green triangle and the second picture has an orange triangle.",
-         "The first picture has the green triangle."),
+        (
+            "The first picture has a green triangle and the second picture has an orange triangle.",
+            "The first picture has the green triangle.",
+        ),
     ),
 )
 
 
 def _star(x: float, y: float, r: float) -> list[Point]:
     return [
-        (x + r * s * math.cos(math.pi * i / 5 - math.pi / 2),
-         y + r * s * math.sin(math.pi * i / 5 - math.pi / 2))
+        (
+            x + r * s * math.cos(math.pi * i / 5 - math.pi / 2),
+            y + r * s * math.sin(math.pi * i / 5 - math.pi / 2),
+        )
         for i in range(10)
         for s in ((1.0, 0.42)[i % 2],)
     ]
@@ -60,9 +66,18 @@ def _star(x: float, y: float, r: float) -> list[Point]:
 
 def _cross(x: float, y: float, r: float, t: float) -> list[Point]:
     return [
-        (x - t, y - r), (x + t, y - r), (x + t, y - t), (x + r, y - t), (x + r, y + t),
-        (x + t, y + t), (x + t, y + r), (x - t, y + r), (x - t, y + t), (x - r, y + t),
-        (x - r, y - t), (x - t, y - t),
+        (x - t, y - r),
+        (x + t, y - r),
+        (x + t, y - t),
+        (x + r, y - t),
+        (x + r, y + t),
+        (x + t, y + t),
+        (x + t, y + r),
+        (x - t, y + r),
+        (x - t, y + t),
+        (x - r, y + t),
+        (x - r, y - t),
+        (x - t, y - t),
     ]
 
 

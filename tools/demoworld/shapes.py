@@ -75,8 +75,18 @@ def outline(rng: random.Random, shape: str) -> list[Point]:
         return _turned(points, 0.0 if rng.random() < 0.6 else rng.uniform(-36, 36))
     t = rng.choice((0.2, 0.25, 0.3, 1 / 3, rng.uniform(0.14, 0.46)))
     points = [
-        (-t, -1), (t, -1), (t, -t), (1, -t), (1, t), (t, t),
-        (t, 1), (-t, 1), (-t, t), (-1, t), (-1, -t), (-t, -t),
+        (-t, -1),
+        (t, -1),
+        (t, -t),
+        (1, -t),
+        (1, t),
+        (t, t),
+        (t, 1),
+        (-t, 1),
+        (-t, t),
+        (-1, t),
+        (-1, -t),
+        (-t, -t),
     ]
     kind = rng.random()
     turn = 0.0 if kind < 0.55 else 45.0 if kind < 0.82 else rng.uniform(-45, 45)
@@ -175,9 +185,7 @@ def random_object(
             key = rng.choice(("shape", "colour"))
             facts[key] = getattr(like, key)
         facts.update(fixed or {})
-        obj = Obj(
-            str(facts["shape"]), str(facts["colour"]), str(facts["size"]), int(facts["cell"])
-        )
+        obj = Obj(str(facts["shape"]), str(facts["colour"]), str(facts["size"]), int(facts["cell"]))
         if want_held_out is not None and object_held_out(obj, scene.background) != want_held_out:
             continue
         rgb = colours.sample(rng, obj.colour)

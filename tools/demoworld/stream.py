@@ -36,13 +36,26 @@ LENGTH = 384  # tokens of a row
 IGNORE = -100
 LOOK = 8  # side of the small mask that shows how an object or character looks
 # The auxiliary heads: name -> number of classes (0 is "none" where there is a none).
-PATCH_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1,
-               "char": len(CHARS) + 1, "order": LONGEST + 1}
-TOKEN_HEADS = {"cell": 10, "centre_colour": len(COLOURS), "centre_shape": len(SHAPES),
-               "centre_size": len(SIZES)}
+PATCH_HEADS = {
+    "colour": len(COLOURS) + 1,
+    "shape": len(SHAPES) + 1,
+    "size": len(SIZES) + 1,
+    "char": len(CHARS) + 1,
+    "order": LONGEST + 1,
+}
+TOKEN_HEADS = {
+    "cell": 10,
+    "centre_colour": len(COLOURS),
+    "centre_shape": len(SHAPES),
+    "centre_size": len(SIZES),
+}
 # What is in the left and in the right half of an image token.
-HALF_HEADS = {"left_char": len(CHARS) + 1, "right_char": len(CHARS) + 1,
-              "left_order": LONGEST + 1, "right_order": LONGEST + 1}
+HALF_HEADS = {
+    "left_char": len(CHARS) + 1,
+    "right_char": len(CHARS) + 1,
+    "left_order": LONGEST + 1,
+    "right_order": LONGEST + 1,
+}
 Bytes = npt.NDArray[np.uint8]
 Longs = npt.NDArray[np.int64]
 
@@ -181,8 +194,10 @@ def object_labels(scene: Scene, drawn: Drawn) -> dict[str, Longs]:
         cover = np.stack([m.reshape(blocks).sum((1, 3)).reshape(-1) for m in layers])
         who, most = cover.argmax(0), cover.max(0)
         table = np.array(
-            [(COLOURS.index(o.colour) + 1, SHAPES.index(o.shape) + 1, SIZES.index(o.size) + 1)
-             for o in scene.objects]
+            [
+                (COLOURS.index(o.colour) + 1, SHAPES.index(o.shape) + 1, SIZES.index(o.size) + 1)
+                for o in scene.objects
+            ]
         )
         for k, name in enumerate(("colour", "shape", "size")):
             out[name] = np.where(most >= 8, table[who, k], np.where(most >= 3, IGNORE, 0))
@@ -243,7 +258,11 @@ def part_labels(drawn: Drawn) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
 
 
 def make_batch(
-    rng: random.Random, encode: Encoder, fonts: Fonts, mix: Mix, pictures: int,
+    rng: random.Random,
+    encode: Encoder,
+    fonts: Fonts,
+    mix: Mix,
+    pictures: int,
     held_out: bool = False,
 ) -> Batch:
     """A batch of about ``pictures`` pictures."""

@@ -18,16 +18,68 @@ Corners = list[tuple[float, float]]
 DEFAULT_FOLDER = Path("/usr/share/fonts")
 # Families that are clean and have upper-case letters; the pattern is a file name's start.
 FAMILIES = (
-    "DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "LiberationSans", "LiberationSerif",
-    "LiberationMono", "FreeSans", "FreeSerif", "FreeMono", "NotoSans-", "NotoSerif-",
-    "NotoSansMono-", "NotoSansDisplay-", "Roboto-", "RobotoCondensed-", "RobotoSlab-",
-    "OpenSans-", "Lato-", "Cantarell-", "Hack-", "FiraCode-", "Inconsolata", "Arimo-",
-    "Tinos-", "Cousine-", "Carlito-", "Caladea-", "LinLibertine_R", "LinBiolinum_R",
-    "NimbusSans-", "NimbusRoman-", "NimbusMonoPS-", "C059-", "P052-", "URWGothic-",
-    "URWBookman-", "texgyre", "Ubuntu", "Arial", "Verdana", "Helvetica",
+    "DejaVuSans",
+    "DejaVuSerif",
+    "DejaVuSansMono",
+    "LiberationSans",
+    "LiberationSerif",
+    "LiberationMono",
+    "FreeSans",
+    "FreeSerif",
+    "FreeMono",
+    "NotoSans-",
+    "NotoSerif-",
+    "NotoSansMono-",
+    "NotoSansDisplay-",
+    "Roboto-",
+    "RobotoCondensed-",
+    "RobotoSlab-",
+    "OpenSans-",
+    "Lato-",
+    "Cantarell-",
+    "Hack-",
+    "FiraCode-",
+    "Inconsolata",
+    "Arimo-",
+    "Tinos-",
+    "Cousine-",
+    "Carlito-",
+    "Caladea-",
+    "LinLibertine_R",
+    "LinBiolinum_R",
+    "NimbusSans-",
+    "NimbusRoman-",
+    "NimbusMonoPS-",
+    "C059-",
+    "P052-",
+    "URWGothic-",
+    "URWBookman-",
+    "texgyre",
+    "Ubuntu",
+    "Arial",
+    "Verdana",
+    "Helvetica",
 )
-LEFT_OUT = ("Italic", "Oblique", "It.", "Thin", "ExtraLight", "UltraLight", "Hairline", "Black",
-            "chorus", "LightIt", "Math", "math", "Ita", "_RI", "_RBI", "_RZ", "Light-", "FreeMono.")
+LEFT_OUT = (
+    "Italic",
+    "Oblique",
+    "It.",
+    "Thin",
+    "ExtraLight",
+    "UltraLight",
+    "Hairline",
+    "Black",
+    "chorus",
+    "LightIt",
+    "Math",
+    "math",
+    "Ita",
+    "_RI",
+    "_RBI",
+    "_RZ",
+    "Light-",
+    "FreeMono.",
+)
 
 
 class Fonts:
@@ -101,8 +153,10 @@ def _free_spot(
         for o in scene.objects:
             xs, ys = [p[0] for p in o.polygon], [p[1] for p in o.polygon]
             if (
-                x - hx < max(xs) + 0.02 and x + hx > min(xs) - 0.02
-                and y - hy < max(ys) + 0.02 and y + hy > min(ys) - 0.02
+                x - hx < max(xs) + 0.02
+                and x + hx > min(xs) - 0.02
+                and y - hy < max(ys) + 0.02
+                and y + hy > min(ys) - 0.02
             ):
                 break
         else:
@@ -183,10 +237,12 @@ def draw_text(
         corners = []
         for x, y in ((s, top), (e, top), (e, bottom), (s, bottom)):
             dx, dy = x0 + x * pixels - centre[0], y0 + y * pixels - centre[1]
-            corners.append((
-                (centre[0] + dx * math.cos(turn) - dy * math.sin(turn)) / w,
-                (centre[1] + dx * math.sin(turn) + dy * math.cos(turn)) / h,
-            ))
+            corners.append(
+                (
+                    (centre[0] + dx * math.cos(turn) - dy * math.sin(turn)) / w,
+                    (centre[1] + dx * math.sin(turn) + dy * math.cos(turn)) / h,
+                )
+            )
         boxes.append(corners)
     return image, boxes, mask
 

@@ -18,8 +18,12 @@ from demoworld.wording import SYSTEMS, word
 
 VOCABULARY = 640
 START, END, FAKE, IMAGE, GLOBAL, PAD = SPECIALS = (
-    "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>",
-    "<global-img>", "<pad>",
+    "<|im_start|>",
+    "<end_of_utterance>",
+    "<fake_token_around_image>",
+    "<image>",
+    "<global-img>",
+    "<pad>",
 )
 START_ID, END_ID, FAKE_ID, IMAGE_ID, GLOBAL_ID, PAD_ID = range(6)
 # A word with its leading space, punctuation, then single letters, digits and spaces.
@@ -66,13 +70,17 @@ def corpus(seed: int = 0, count: int = 3000) -> Iterator[str]:
 def train_tokenizer(seed: int = 0) -> Tokenizer:
     """A fresh tokenizer; the same seed gives the same one."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, show_progress=False, min_frequency=2,
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[AddedToken(s, special=True, normalized=False) for s in SPECIALS],
     )

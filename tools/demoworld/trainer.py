@@ -239,11 +239,17 @@ def _train(plan: Plan, ranks: Ranks, print_line: Callable[[str], None]) -> None:
             log.write(json.dumps({"step": step, "trained": trained, "exact": table}) + "\n")
 
     def save() -> None:
-        _save(checkpoint, {
-            "tokenizer": tokenizer.to_str(), "model": model.state_dict(),
-            "average": average.named(model), "optimisers": [o.state_dict() for o in optimisers],
-            "step": step, "trained": trained,
-        })
+        _save(
+            checkpoint,
+            {
+                "tokenizer": tokenizer.to_str(),
+                "model": model.state_dict(),
+                "average": average.named(model),
+                "optimisers": [o.state_dict() for o in optimisers],
+                "step": step,
+                "trained": trained,
+            },
+        )
 
     # All gradients and a few numbers lie in one tensor, so that one exchange is enough.
     sizes = [p.numel() for p in parameters]
@@ -327,8 +333,10 @@ def _train(plan: Plan, ranks: Ranks, print_line: Callable[[str], None]) -> None:
     average.swap(model)
     write_folder(model.vlm, tokenizer, plan.out)
     minutes = (time.monotonic() - begun) / 60
-    print_line(f"wrote {plan.out} after {step} steps, {trained / 60:.1f} minutes of training, "
-               f"{minutes:.1f} minutes in this run")
+    print_line(
+        f"wrote {plan.out} after {step} steps, {trained / 60:.1f} minutes of training, "
+        f"{minutes:.1f} minutes in this run"
+    )
 
 
 def progress(plan: Plan, step: int, trained: float) -> float:

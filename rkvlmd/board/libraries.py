@@ -1,0 +1,185 @@
+"""Where ``librkllmrt.so`` and ``librknnrt.so`` are, and which versions, without loading them."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rkvlmd.board import elf
+from rkvlmd.board.finding import Finding, Needs, worst
+from rkvlmd.board.root import Here, Root
+
+_CHUNK = 1 << 20
+#: No version string is longer, bytes; so much of a chunk is looked at again with the next one.
+_OVERLAP = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """``folders``: where it is looked for, in order; ``also``: where else copies lie about."""
+
+    name: str
+    engine: str
+    pattern: re.Pattern[bytes]
+    folders: tuple[str, ...]
+    also: tuple[str, ...] = ()
+
+
+_COMMON = (
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/local/lib",
+    "/usr/local/lib/aarch64-linux-gnu",
+)
+# Fact sheet 1.6: "RKLLM SDK (version: 1.2.0 | target: Linux ...", betas "1.2.1b1"; very old files
+# say "rknn llm lib version: ". Found by the engine after npu.library and LD_LIBRARY_PATH.
+RKLLM = Library(
+    "librkllmrt.so",
+    "rkllm",
+    re.compile(
+        rb"(?:RKLLM SDK \(version:|rknn llm lib version:)\s{0,8}"
+        rb"(\d{1,4}\.\d{1,4}\.\d{1,4}(?:b\d{1,3})?)"
+    ),
+    _COMMON,
+    ("/lib", "/usr/local/lib64", "/opt/lib"),
+)
+# Fact sheet 1.6: "librknnrt version: 2.3.2 (429f97ae6b@...". Fact sheet 5.1: rknn-toolkit-lite2
+# opens fixed paths and does not look at LD_LIBRARY_PATH.
+RKNN = Library(
+    "librknnrt.so",
+    "rknn",
+    re.compile(rb"librknnrt version:\s{0,8}(\d{1,4}\.\d{1,4}\.\d{1,4}(?:b\d{1,3})?)"),
+    ("/usr/lib", "/usr/lib64"),
+    ("/lib", *_COMMON[2:], "/usr/local/lib64", "/opt/lib"),
+)
+#: The versions of librkllmrt.so whose memory layout is known (fact sheet 1.3).
+RKLLM_VERSIONS = ("1.2.1", "1.2.2", "1.2.3", "1.3.0", "1.3.1")
+
+
+def versions_of(path: Path, library: Library = RKLLM) -> set[str]:
+    """Return every version that the bytes of a file say, read a mebibyte at a time.
+
+    Raises:
+      OSError: it cannot be read.
+
+    """
+    found: set[str] = set()
+    kept = b""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            window = kept + chunk
+            # What ends with the window may go on in the next chunk ("1.2.1" of "1.2.1b1").
+            found |= {
+                match[1].decode()
+                for match in library.pattern.finditer(window)
+                if match.end() < len(window)
+            }
+            kept = window[-_OVERLAP:]
+    found |= {match[1].decode() for match in library.pattern.finditer(kept)}
+    return found
+
+
+def version_of(path: Path, library: Library = RKLLM) -> str | None:
+    """Return the version of a library file, ``None`` where it says none or several, or is unreadable."""
+    try:
+        found = versions_of(path, library)
+    except OSError:
+        return None
+    return found.pop() if len(found) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One file; ``machine`` is ``None`` for what is no ELF file, ``used``: the engine takes it."""
+
+    path: str
+    version: str | None
+    machine: str | None
+    used: bool
+    missing: tuple[str, ...] = ()
+
+
+def copies(root: Root, library: Library, here: Here, setting: str = "") -> list[Copy]:
+    """Return every copy that lies where libraries lie, the one in use first."""
+    searched = library.folders
+    if library is RKLLM:
+        searched = (*here.library_path, *searched)
+    paths = [f"{folder}/{library.name}" for folder in searched]
+    first = [setting] if setting else paths
+    others = [*(paths if setting else ()), *(f"{folder}/{library.name}" for folder in library.also)]
+    found: list[Copy] = []
+    seen: set[str] = set()
+    for path in (*first, *others):
+        real = root.real(path)
+        # /lib is a link to /usr/lib on most systems.
+        key = os.path.realpath(real) if root.live else str(real)
+        if key in seen or not real.is_file():
+            continue
+        seen.add(key)
+        # An existing npu.library is used, and nothing else; else the first of the search.
+        used = path in first and not any(copy.used for copy in found)
+        found.append(_copy(root, library, here, path, real, used=used))
+    return found
+
+
+def _copy(
+    root: Root, library: Library, here: Here, path: str, real: Path, *, used: bool
+) -> Copy:
+    head = elf.read(real)
+    folders = (
+        os.path.dirname(path), "/lib", "/lib64", f"/lib/{here.machine}-linux-gnu",
+        f"/usr/lib/{here.machine}-linux-gnu", "/usr/local/lib", "/usr/lib", "/usr/lib64",
+        *here.library_path,
+    )  # fmt: skip
+    needed = head.needed if head is not None else ()
+    missing = [n for n in needed if not any(root.real(f"{f}/{n}").exists() for f in folders)]
+    version = version_of(real, library)
+    return Copy(path, version, head.machine if head else None, used, tuple(missing))
+
+
+def in_use(found: list[Copy]) -> Copy | None:
+    """Return the copy that the engine takes."""
+    return next((copy for copy in found if copy.used), None)
+
+
+def finding(
+    library: Library,
+    found: list[Copy],
+    here: Here,
+    needs: Needs,
+    setting: str = "",
+    layout: str = "",
+) -> Finding:
+    """Return the line about one library: the worst of what can be said of its copies."""
+    used = in_use(found)
+    facts = {
+        "path": used.path if used else None,
+        "version": used.version if used else None,
+        "machine": used.machine if used else None,
+        "copies": [{"path": c.path, "version": c.version, "machine": c.machine} for c in found],
+    }
+
+    def line(bad: str, says: str, todo: str = "") -> Finding:
+        status = needs.lacking(library.engine) if bad == "stop" else bad
+        return Finding(
+            library.name, status, library.name, says, todo, (library.engine,), facts
+        )  # type: ignore[arg-type]
+
+    if used is None:
+        return _absent(library, found, setting, line)
+    says = f"{used.version or 'of an unknown version'} in {used.path}"
+    problems = [*_unfit(library, used, here, layout, line, says)]
+    others = sorted({c.version or "unknown" for c in found if c.version != used.version})
+    if others:
+        where = ", ".join(c.path for c in found if c.version != used.version)
+        todo = "keep one, so that every program uses the same"
+        problems.append(line("warn", f"{says}; another copy is {', '.join(others)}: {where}", todo))
+    if used.missing:
+        # Fact sheet 1.6: on some images librkllmrt.so needs libomp.so.
+        todo = "install it, or put it beside the library"
+        problems.append(line("warn", f"{says}; it needs {', '.join(used.missing)}", todo))
+    bad = worst(problems)
+    return next((p for p in problems if p.status == bad), line("ok", says))
