@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from rkvlmd.errors import RkvlmdError
 
@@ -25,6 +25,10 @@ Phase = Literal[
 ]  # fmt: skip
 
 Role = Literal["system", "user", "assistant"]
+
+Priority = Literal["interactive", "normal", "batch"]
+#: The classes of the queue, the best first.
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 
 class ModelState(enum.Enum):
@@ -96,7 +100,8 @@ class ChatRequest:
     """A parsed and checked ``/v1/chat/completions`` body.
 
     ``ignored`` names known parameters that have no effect here, ``unknown``
-    the fields that nobody knows. ``timeout`` is the client's own deadline.
+    the fields that nobody knows. ``timeout`` is the client's own deadline,
+    ``priority`` the class that it asks for.
     """
 
     turns: tuple[Turn, ...]
@@ -108,6 +113,7 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     timeout: float | None = None
+    priority: Priority | None = None
     ignored: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
 
@@ -132,11 +138,14 @@ class Timings:
     """Seconds that each stage of one job took; 0 where it did not run.
 
     ``queue`` is the wait for the lease, ``first_token`` counts from the
-    submission of the job.
+    submission of the job. ``fetch`` and ``decode_image`` add up over the
+    pictures, which go side by side; ``prepare`` is the time until the prompt
+    is ready, both of them included.
     """
 
     queue: float = 0.0
     fetch: float = 0.0
+    decode_image: float = 0.0
     prepare: float = 0.0
     load: float = 0.0
     encode: float = 0.0
@@ -169,6 +178,7 @@ class JobView:
     prompt_tokens: int
     completion_tokens: int
     stream: bool
+    priority: Priority = "normal"
 
 
 @dataclass(frozen=True, slots=True)

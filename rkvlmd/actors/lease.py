@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.actors.policy import Policy, Waiting, first_come
+from rkvlmd.actors.policy import NORMAL, History, Policy, Rules, View, Waiting, choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,15 +35,23 @@ class Grip:
 
 
 class Lease:
-    """Exclusive, in the order of a policy; a waiter that is cancelled is forgotten."""
+    """Exclusive, in the order of a policy; a waiter that is cancelled is forgotten.
 
-    def __init__(self, policy: Policy = first_come, loaded: Callable[[], str] = lambda: "") -> None:
+    ``loaded`` says which model is loaded, ``warm`` which prefixes its KV cache
+    holds; ``on_pass`` hears of each holder's end, with the seconds it held.
+    """
+
+    def __init__(self, rules: Rules | None = None, policy: Policy = choose) -> None:
         self._policy = policy
-        self.loaded = loaded
+        self._rules = rules or Rules()
+        self.loaded: Callable[[], str] = lambda: ""
+        self.warm: frozenset[str] = frozenset()
+        self.on_pass: Callable[[Waiting, float], None] = lambda _ticket, _seconds: None
+        self._history = History()
         self._holder: Grip | None = None
         self._waiting: list[Grip] = []
         self._since = 0.0
-        self.busy_seconds = 0.0
+        self._busy_before = 0.0
 
     @property
     def held(self) -> bool:
@@ -54,10 +63,35 @@ class Lease:
         """How many wait."""
         return len(self._waiting)
 
+    @property
+    def held_seconds(self) -> float:
+        """How long the present holder has had it; 0 when nobody has."""
+        return trio.current_time() - self._since if self._holder is not None else 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long it was held since the start, all holders together."""
+        return self._busy_before + self.held_seconds
+
+    def tickets(self) -> list[Waiting]:
+        """Return those who wait, in order of arrival."""
+        return [grip.ticket for grip in self._waiting]
+
+    def ticket(self, client: str, model: str, rank: int = NORMAL, prefix: str = "") -> Waiting:
+        """Return the ticket of one who comes now."""
+        number = self._history.number
+        return Waiting(client, model, trio.current_time(), rank, number, prefix=prefix)
+
+    def view(self) -> View:
+        """Return what the policy sees now."""
+        return View(trio.current_time(), self.loaded(), self.warm, self._history, self._rules)
+
     @asynccontextmanager
-    async def hold(self, client: str, model: str) -> AsyncIterator[Grip]:
+    async def hold(
+        self, client: str, model: str, rank: int = NORMAL, prefix: str = ""
+    ) -> AsyncIterator[Grip]:
         """Wait for the lease; give it back at the end, unless it was handed over."""
-        grip = Grip(self, Waiting(client, model, trio.current_time()))
+        grip = Grip(self, self.ticket(client, model, rank, prefix))
         await self._acquire(grip)
         try:
             yield grip
@@ -82,13 +116,19 @@ class Lease:
     def pass_on(self, grip: Grip) -> None:
         """Called by ``Grip.release``."""
         assert self._holder is grip
+        seconds = self.held_seconds
         self._holder = None
-        self.busy_seconds += trio.current_time() - self._since
+        self._busy_before += seconds
+        self.on_pass(grip.ticket, seconds)
         if self._waiting:
             self._give()
 
     def _give(self) -> None:
-        index = self._policy([grip.ticket for grip in self._waiting], self.loaded())
-        self._holder = self._waiting.pop(index)
+        choice = self._policy(self.tickets(), self.view())
+        for index in choice.overtaken:
+            other = self._waiting[index]
+            other.ticket = replace(other.ticket, overtaken=other.ticket.overtaken + 1)
+        self._holder = self._waiting.pop(choice.index)
+        self._history = self._history.after(self._holder.ticket, self.tickets())
         self._since = trio.current_time()
         self._holder.turn.set()

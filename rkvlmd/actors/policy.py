@@ -129,12 +129,12 @@ def choose(waiting: Sequence[Waiting], view: View) -> Choice:
     order = _fair_order(waiting, view)
     best = order[0]
     best_affinity = affinity(waiting[best], view)
-    worst_rank = waiting[best].rank
+    best_rank = waiting[best].rank
     place = 0
     for at, index in enumerate(order):
         ticket = waiting[index]
-        worst_rank = min(worst_rank, ticket.rank)
-        if ticket.rank == worst_rank and (near := affinity(ticket, view)) > best_affinity:
+        best_rank = min(best_rank, ticket.rank)
+        if ticket.rank == best_rank and (near := affinity(ticket, view)) > best_affinity:
             best, best_affinity, place = index, near, at
         if ticket.overtaken >= view.rules.max_jumps or best_affinity == _MOST:
             break

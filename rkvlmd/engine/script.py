@@ -90,9 +90,9 @@ def _do(kind: str) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "segv":
-        os.kill(os.getpid(), signal.SIGSEGV)
+        # To this thread, as a real one: sent to the process, another thread may get it later.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSEGV)
     elif kind == "stop":
-        # To this thread: sent to the process, it may reach another one a moment later.
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     elif kind == "exit":
         os._exit(EXIT_STATUS)

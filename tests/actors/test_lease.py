@@ -6,6 +6,7 @@ import trio
 import trio.testing
 
 from rkvlmd.actors.lease import Grip, Lease
+from rkvlmd.actors.policy import Choice
 from tests.fakes.torture import cancel_everywhere
 
 
@@ -26,7 +27,7 @@ async def test_first_come_first_served() -> None:
 
 
 async def test_policy_chooses() -> None:
-    lease, order = Lease(policy=lambda waiting, _loaded: len(waiting) - 1), []
+    lease, order = Lease(policy=lambda waiting, _view: Choice(len(waiting) - 1)), []
 
     async def one(name: str) -> None:
         async with lease.hold(name, "m"):
