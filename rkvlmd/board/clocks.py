@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from rkvlmd.board import driver
 from rkvlmd.board.finding import Finding, Needs
@@ -37,7 +38,7 @@ def npu_folder(root: Root, soc: Soc) -> str | None:
 
 def _cpu(root: Root, soc: Soc, needs: Needs) -> Finding:
     """The clocks of the fast CPUs, which run a part of every token."""
-    policies = []
+    policies: list[dict[str, Any]] = []
     for name in root.names(CPUFREQ):
         folder = f"{CPUFREQ}/{name}"
         cpus = [int(cpu) for cpu in root.word(f"{folder}/related_cpus").split() if cpu.isdecimal()]

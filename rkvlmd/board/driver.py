@@ -62,7 +62,7 @@ def finding(root: Root, driver: Driver, needs: Needs) -> Finding:
     on = f" on kernel {kernel}" if kernel else ""
     if driver.name == "rocket":
         # Fact sheet 5.3 and 7: the vendor's libraries cannot use the mainline driver.
-        says = f"rocket, of the mainline kernel{on}; librkllmrt.so and librknnrt.so need rknpu"
+        says = f"rocket, the mainline driver,{on}; librkllmrt.so and librknnrt.so need rknpu"
         todo = "boot the vendor's kernel, or build rknpu 0.9.8 as a DKMS module and unload rocket"
         return Finding("driver", needs.lacking(*_NPU), "NPU driver", says, todo, _NPU, facts)
     if not driver.name:

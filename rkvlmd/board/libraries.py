@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rkvlmd.board import elf
-from rkvlmd.board.finding import Finding, Needs, worst
+from rkvlmd.board.finding import Finding, Needs
 from rkvlmd.board.root import Here, Root
 
 _CHUNK = 1 << 20
 #: No version string is longer, bytes; so much of a chunk is looked at again with the next one.
 _OVERLAP = 128
+#: By how much a match may grow with more bytes behind it, at most.
+_LONGER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,11 @@ def versions_of(path: Path, library: Library = RKLLM) -> set[str]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             window = kept + chunk
-            # What ends with the window may go on in the next chunk ("1.2.1" of "1.2.1b1").
+            # What ends near the window's end may go on in the next chunk ("1.2.1" of "1.2.1b1").
             found |= {
                 match[1].decode()
                 for match in library.pattern.finditer(window)
-                if match.end() < len(window)
+                if match.end() < len(window) - _LONGER
             }
             kept = window[-_OVERLAP:]
     found |= {match[1].decode() for match in library.pattern.finditer(kept)}
@@ -125,9 +127,7 @@ def copies(root: Root, library: Library, here: Here, setting: str = "") -> list[
     return found
 
 
-def _copy(
-    root: Root, library: Library, here: Here, path: str, real: Path, *, used: bool
-) -> Copy:
+def _copy(root: Root, library: Library, here: Here, path: str, real: Path, *, used: bool) -> Copy:
     head = elf.read(real)
     folders = (
         os.path.dirname(path), "/lib", "/lib64", f"/lib/{here.machine}-linux-gnu",
@@ -145,41 +145,77 @@ def in_use(found: list[Copy]) -> Copy | None:
     return next((copy for copy in found if copy.used), None)
 
 
-def finding(
+def findings(
     library: Library,
     found: list[Copy],
     here: Here,
     needs: Needs,
     setting: str = "",
     layout: str = "",
-) -> Finding:
-    """Return the line about one library: the worst of what can be said of its copies."""
+) -> list[Finding]:
+    """Return the lines about one library; none where nobody misses it."""
     used = in_use(found)
+    key = library.name.removesuffix(".so")
     facts = {
         "path": used.path if used else None,
         "version": used.version if used else None,
         "machine": used.machine if used else None,
         "copies": [{"path": c.path, "version": c.version, "machine": c.machine} for c in found],
     }
-
-    def line(bad: str, says: str, todo: str = "") -> Finding:
-        status = needs.lacking(library.engine) if bad == "stop" else bad
-        return Finding(
-            library.name, status, library.name, says, todo, (library.engine,), facts
-        )  # type: ignore[arg-type]
-
+    bad = needs.lacking(library.engine)
+    engines = (library.engine,)
     if used is None:
-        return _absent(library, found, setting, line)
+        if bad == "note" and not found:
+            return []
+        says, todo = _absent(library, found, setting)
+        return [Finding(key, bad, library.name, says, todo, engines, facts)]
     says = f"{used.version or 'of an unknown version'} in {used.path}"
-    problems = [*_unfit(library, used, here, layout, line, says)]
-    others = sorted({c.version or "unknown" for c in found if c.version != used.version})
+    if unfit := _unfit(library, used, here, layout):
+        lines = [Finding(key, bad, library.name, f"{says}; {unfit[0]}", unfit[1], engines, facts)]
+    else:
+        lines = [Finding(key, "ok", library.name, says, facts=facts)]
+    others = [copy for copy in found if copy.version != used.version]
     if others:
-        where = ", ".join(c.path for c in found if c.version != used.version)
-        todo = "keep one, so that every program uses the same"
-        problems.append(line("warn", f"{says}; another copy is {', '.join(others)}: {where}", todo))
+        said = ", ".join(f"{copy.version or 'unknown'} in {copy.path}" for copy in others)
+        todo = "keep one version, so that every program uses the same"
+        lines.append(Finding(f"{key}.copies", "warn", "another copy", f"{said}", todo))
     if used.missing:
         # Fact sheet 1.6: on some images librkllmrt.so needs libomp.so.
+        says = f"{library.name} needs {', '.join(used.missing)}, which was not found"
         todo = "install it, or put it beside the library"
-        problems.append(line("warn", f"{says}; it needs {', '.join(used.missing)}", todo))
-    bad = worst(problems)
-    return next((p for p in problems if p.status == bad), line("ok", says))
+        lines.append(Finding(f"{key}.needs", "warn", "needed library", says, todo))
+    return lines
+
+
+def _absent(library: Library, found: list[Copy], setting: str) -> tuple[str, str]:
+    """Return what to say of a library that is not where it is looked for."""
+    if setting:
+        return f"npu.library: there is no file {setting}", "correct npu.library"
+    if found and library is RKNN:
+        # Fact sheet 5.1 and 7: "Can not find dynamic library".
+        where = found[0].path
+        says = f"in {where}, where rknn-toolkit-lite2 does not look"
+        return says, f"sudo ln -s {where} /usr/lib/{library.name}"
+    todo = f"copy {library.name} for aarch64 to /usr/lib"
+    if library is RKLLM:
+        todo += ", or set npu.library"
+    return "not found", todo
+
+
+def _unfit(library: Library, used: Copy, here: Here, layout: str) -> tuple[str, str] | None:
+    """Return why a copy cannot be used, and what to do; ``None`` when it can."""
+    if used.machine is None:
+        return "it is no ELF library, or cut short", "copy it again"
+    if used.machine != here.machine:
+        says = f"it is built for {used.machine}, but this Python for {here.machine}"
+        return says, f"take the file for {here.machine}"
+    if library is not RKLLM:
+        return None
+    known = ", ".join(RKLLM_VERSIONS)
+    if used.version is None:
+        return "it does not say one version of the RKLLM runtime", f"take one of {known}"
+    if layout and layout not in RKLLM_VERSIONS:
+        return f"npu.layout is none of {known}", "correct npu.layout, or remove it"
+    if not layout and used.version not in RKLLM_VERSIONS:
+        return f"supported are {known}", "take one of them, or set npu.layout"
+    return None

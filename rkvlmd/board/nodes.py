@@ -35,9 +35,9 @@ def read(root: Root) -> Nodes:
         if "DRIVER=RKNPU" in (root.text(f"/sys/class/drm/{name}/device/uevent") or "")
         and name.removeprefix("renderD").removeprefix("card").isdecimal()
     ]
-    for name in root.names("/dev/dri/by-path"):
-        if ".npu-" in name and (target := root.link(f"/dev/dri/by-path/{name}")):
-            wanted.append("/dev/dri/" + target.rpartition("/")[2])
+    links = [f"/dev/dri/by-path/{n}" for n in root.names("/dev/dri/by-path") if ".npu-" in n]
+    targets = [target for link in links if (target := root.link(link))]
+    wanted += ["/dev/dri/" + target.rpartition("/")[2] for target in targets]
     wanted = sorted(set(wanted))
     legacy = root.node(_LEGACY)
     fake = root.link(_LEGACY) is not None or (legacy is not None and not legacy.device)
@@ -53,9 +53,7 @@ def read(root: Root) -> Nodes:
     )
 
 
-def findings(
-    root: Root, here: Here, service: Service, nodes: Nodes, needs: Needs
-) -> list[Finding]:
+def findings(root: Root, here: Here, service: Service, nodes: Nodes, needs: Needs) -> list[Finding]:
     """Return the lines about nodes and who may open them."""
     found = [_nodes(root, nodes, needs)]
     if nodes.fake:

@@ -148,14 +148,14 @@ class Root:
         """Whether something is there, behind the links."""
         return path in self._nodes or os.path.lexists(self.real(path))
 
-    def names(self, folder: str) -> list[str]:
-        """Return what is in a folder, in order of names, at most ``MAX_NAMES``."""
-        found = {name for name in map(os.path.basename, self._below(folder))}
+    def names(self, folder: str, most: int = MAX_NAMES) -> list[str]:
+        """Return what is in a folder, in order of names, at most ``most``."""
+        found = set(map(os.path.basename, self._below(folder)))
         try:
             with os.scandir(self.real(folder)) as entries:
                 for entry in entries:
                     found.add(entry.name)
-                    if len(found) >= MAX_NAMES:
+                    if len(found) >= most:
                         break
         except OSError:
             pass
@@ -191,7 +191,7 @@ class Root:
     def opens(self, node: Node, here: Here) -> bool:
         """Whether the one who asks may read and write a node."""
         if self.live and here.uid == os.geteuid():
-            return os.access(node.path, os.R_OK | os.W_OK)  # knows ACLs too
+            return os.access(node.path, os.R_OK | os.W_OK, effective_ids=True)  # knows ACLs too
         return node.opens_for(here.uid, here.gids)
 
 

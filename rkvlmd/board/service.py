@@ -81,9 +81,10 @@ def person(root: Root, name: str, groups: list[str] | None = None) -> Person | N
         return None
     gids = {int(entry[3])}
     for group in _table(root, "group"):
-        if len(group) > 3 and group[2].isdecimal():
-            if name in group[3].split(",") or group[0] in (groups or ()):
-                gids.add(int(group[2]))
+        if len(group) < 4 or not group[2].isdecimal():
+            continue
+        if name in group[3].split(",") or group[0] in (groups or ()):
+            gids.add(int(group[2]))
     return Person(name, int(entry[2]), frozenset(gids))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from rkvlmd.board.finding import Finding, Needs
+from rkvlmd.board.finding import Finding, Needs, Status
 from rkvlmd.board.root import Root
 
 COMPATIBLE = "/proc/device-tree/compatible"
@@ -117,6 +118,8 @@ def finding(root: Root, reading: Reading, needs: Needs) -> Finding:
         if soc is None:
             says, todo = "npu.soc names none that is known", f"set npu.soc to one of {_NAMES}"
             return Finding("soc", needs.lacking(*both), "SoC", says, todo, both, facts)
+        if not strings and root.exists("/sys/module/rknpu"):
+            return _hidden(f"{soc.name.upper()}, as npu.soc says", needs, facts)
         says = f"{soc.name.upper()}, as npu.soc says"
         seen = of_compatible(strings)
         if seen is not None and seen.platform != soc.platform:
@@ -125,19 +128,13 @@ def finding(root: Root, reading: Reading, needs: Needs) -> Finding:
             return Finding("soc", "warn", "SoC", says, todo, facts=facts)
         return Finding("soc", "note", "SoC", says, facts=facts)
     if reading.source == "driver" and soc is not None:
-        # Fact sheet 5.3: the libraries read that file; rknn-toolkit-lite2 refuses without it,
-        # and librkllmrt.so 1.3.0 may ("Your platform is unknown").
-        says = f"{soc.name.upper()} by the driver's entries; {COMPATIBLE} cannot be read here"
-        todo = (
-            "in a container, run it with --security-opt systempaths=unconfined, or mount that file"
-        )
-        return Finding("soc", needs.lacking("rknn"), "SoC", says, todo, ("rknn",), facts)
+        return _hidden(f"{soc.name.upper()} by the driver's entries", needs, facts)
     if soc is not None:
         says = f"{soc.name.upper()} ({board})"
         if soc.rkllm:
             return Finding("soc", "ok", "SoC", says, facts=facts)
         says += "; it runs .rknn files, but no .rkllm files"
-        status = "stop" if "rkllm" in needs.engines else "note"
+        status: Status = "stop" if "rkllm" in needs.engines else "note"
         return Finding("soc", status, "SoC", says, engines=("rkllm",), facts=facts)
     if strings:
         says, todo = f"{board}: no SoC with an NPU that is known", f"known are {_NAMES}"
@@ -149,3 +146,14 @@ def finding(root: Root, reading: Reading, needs: Needs) -> Finding:
     says = "this is no Rockchip board; models of the onnx engine run on the CPU"
     todo = "convert the models for the onnx engine, or run them on a board" if needs.npu else ""
     return Finding("soc", needs.lacking(*both), "SoC", says, todo, both, facts)
+
+
+def _hidden(says: str, needs: Needs, facts: dict[str, Any]) -> Finding:
+    """The SoC is known to us, but not to the libraries.
+
+    Fact sheet 5.3: they read the device tree themselves; rknn-toolkit-lite2
+    refuses without it, and librkllmrt.so 1.3.0 may ("Your platform is unknown").
+    """
+    says += f"; {COMPATIBLE}, by which the libraries go, cannot be read here"
+    todo = "in a container, run it with --security-opt systempaths=unconfined, or mount that file"
+    return Finding("soc", needs.lacking("rknn"), "SoC", says, todo, ("rknn",), facts)

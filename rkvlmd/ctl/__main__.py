@@ -27,9 +27,12 @@ with --json, one JSON object on standard output:
   jobs               {"jobs": [{"id", "client", "model", "phase", "age", ...}]}
   cancel             {"cancelled": ID}
   ask                the response of the OpenAI endpoint
+  doctor             {"loads", "worst", "findings": [{"id", "status", "what", "says",
+                     "todo", "facts"}]}; status: ok, note, warn, stop
   any failure        {"error": {"code", "message", "param"}}
 keys may be added; none changes its meaning. states: absent, loading, ready,
-unloading, failed. ages are seconds, sizes are bytes.
+unloading, failed. ages are seconds, sizes are bytes. doctor asks no daemon; it
+exits with 1 if something stops an installed model from loading.
 
 environment:
   RKVLMD_API_KEY     the key that "ask" sends, where the server wants one
@@ -84,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-tokens", type=_count, metavar="N", help="longest answer, in tokens")
     ask.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
     ask.add_argument("prompt", metavar="PROMPT")
+    doctor = command("doctor", "look at this machine, its NPU and the installed models; no daemon")
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="the settings of the daemon")
+    doctor.add_argument("--models", type=Path, metavar="DIR", help="the folder of model folders")
+    doctor.add_argument(
+        "--root", type=Path, metavar="DIR", default=Path("/"), help="look at the files below DIR"
+    )
     return top
 
 
@@ -100,6 +109,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
     try:
+        if args.command == "doctor":
+            from rkvlmd.ctl import doctor  # it reads files that the other commands do not need
+
+            return doctor.run(args.config, args.models, args.root, as_json=args.json)
         with Client(args.control) as client:
             status = _run(client, args)
             sys.stdout.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -25,6 +25,7 @@ class FakeChild:
         self.death: ChildDiedError | None = None
         self.dead = trio.Event()
         self.due = self.beat_at = math.inf
+        self.listener: Callable[[wire.FromChild], bool] | None = None
         self.last_words = ""
         self.aborts = 0
         self._words = words
@@ -126,6 +127,9 @@ class FakeChild:
 
     async def _answer(self, message: wire.FromChild, fd: int | None = None) -> None:
         try:
+            await trio.lowlevel.checkpoint()
+            if self.listener is not None and self.listener(message):
+                return
             await self._say.send((message, [] if fd is None else [fd]))
         except BaseException:
             if fd is not None:

@@ -14,7 +14,7 @@ MOST_LINES = 400
 
 FLOORS = {
     "__init__": 0, "errors": 0, "hosts": 0, "messages": 0, "paths": 0, "settings": 0,
-    "models": 1, "wire": 1,
+    "board": 1, "models": 1, "wire": 1,
     "actors": 2, "engine": 2, "ctl": 2,
     "front": 3,
     "__main__": 4, "daemon": 4, "demo": 4,
@@ -38,6 +38,7 @@ NEVER = {
     "messages": LOOPS | HTTP | HEAVY | OUTSIDE,
     "paths": LOOPS | HTTP | HEAVY | OUTSIDE,
     "settings": LOOPS | HTTP | HEAVY | OUTSIDE,
+    "board": LOOPS | HTTP | HEAVY | OUTSIDE | {"msgspec"},
     "models": LOOPS | HTTP | HEAVY | OUTSIDE,
     "wire": LOOPS | HTTP | HEAVY | OUTSIDE | {"h11"},
     "actors": HTTP | HEAVY | {"anyio", "asyncio", "multiprocessing"},
@@ -79,7 +80,9 @@ def test_ctl_starts_with_the_standard_library(path: Path) -> None:
     for line, dotted in imports(path, at_start=True):
         top, *rest = dotted.split(".")
         if top == "rkvlmd":
-            assert rest[0] in {"ctl", "wire", "paths", "__version__"}, f"{name(path)}:{line}"
+            assert rest[0] in {"board", "ctl", "wire", "paths", "__version__"}, (
+                f"{name(path)}:{line}"
+            )
         else:
             assert top in sys.stdlib_module_names, f"{name(path)}:{line}"
 
