@@ -21,6 +21,7 @@ from rkvlmd.actors.lease import Lease
 from rkvlmd.actors.loading import Loader
 from rkvlmd.actors.notify import Notify
 from rkvlmd.actors.pipeline import Tools
+from rkvlmd.actors.policy import Rules
 from rkvlmd.actors.prep import Prep
 from rkvlmd.actors.residency import Residency
 from rkvlmd.actors.scheduler import Scheduler
@@ -59,7 +60,7 @@ async def main(
     entries, problems = await trio.to_thread.run_sync(_scan, settings)
     for problem in problems:
         log.error("%s", problem)
-    lease = Lease()
+    lease = Lease(Rules(settings.queue.age_seconds, settings.queue.max_jumps))
     with EmbeddingCache(settings.cache.embeddings_bytes) as cache:
         residency = Residency(settings, entries, lease, spares.make_loader(settings, state))
         prep = spares.make_prep(settings)

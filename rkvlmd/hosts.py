@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+#: The client at the other end of a Unix socket, which has no address.
+LOCAL = "local"
 
 
 def split_bind(bind: str) -> tuple[str, int]:
@@ -60,3 +64,31 @@ def split_allow(entry: str) -> tuple[Network | str, int | None]:
         if not re.fullmatch(r"([a-z0-9_-]+\.)*[a-z_-][a-z0-9_-]*", host):
             raise ValueError("must be CIDR (no bits set right of the mask) or HOST") from None
         return host, number
+
+
+def client_network(entry: str) -> Network | None:
+    """Parse an entry of a list of clients; ``local``, the peers of a Unix socket, is ``None``.
+
+    Raises:
+      ValueError: when it is neither an address nor a network.
+
+    """
+    if entry == LOCAL:
+        return None
+    try:
+        return ipaddress.ip_network(entry)
+    except ValueError:
+        raise ValueError(
+            "must be an address, CIDR (no bits set right of the mask) or local"
+        ) from None
+
+
+def is_client(client: str, networks: Iterable[Network | None]) -> bool:
+    """Whether a client, by its address or ``local``, is in one of the networks."""
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return client == LOCAL and None in networks
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    return any(network is not None and address in network for network in networks)

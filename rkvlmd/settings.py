@@ -18,8 +18,8 @@ from typing import Any, get_type_hints
 import msgspec
 
 from rkvlmd.errors import SettingsError
+from rkvlmd.hosts import client_network, split_allow
 from rkvlmd.hosts import is_loopback as is_loopback
-from rkvlmd.hosts import split_allow
 from rkvlmd.hosts import split_bind as split_bind
 from rkvlmd.paths import default_control_path
 
@@ -96,7 +96,9 @@ class ModelsSettings:
     """Which models there are."""
 
     dir: str = key("", "folder of model folders; empty: STATE/models")
-    default: str = key("", "model for requests that name none; empty: the loaded one, else the first")
+    default: str = key(
+        "", "model for requests that name none; empty: the loaded one, else the first"
+    )
     demo: bool = key(True, "offer the demo model of the package")
     preload: tuple[str, ...] = key([], "models to load at start")
     on_demand: bool = key(True, "a request may cause the load or swap of an installed model")
@@ -145,8 +147,28 @@ class QueueSettings:
     """Admission."""
 
     max_jobs: int = key(32, "most requests admitted at the same time", "requests", least=1)
+    max_jobs_per_client: int = key(
+        24, "most of them of one client, which is an address; 0: as many as max_jobs", "requests",
+        least=0,
+    )  # fmt: skip
     max_bytes: int = key(256 << 20, "most bytes of admitted bodies", "bytes", least=1 << 20)
     job_seconds: float = key(300.0, "deadline of a request, waiting included", "seconds", least=1)
+    refuse_late: bool = key(
+        True, "refuse a request at once whose deadline the work ahead of it would use up"
+    )
+    age_seconds: float = key(
+        30.0, "a class that waits this long takes part in the next better one", "seconds", least=0.1
+    )
+    max_jumps: int = key(
+        4, "how often others may overtake a request to save a model swap or a prefill", "requests",
+        least=0,
+    )  # fmt: skip
+    interactive_clients: tuple[str, ...] = key(
+        [], "clients whose requests are interactive unless they say otherwise: address, CIDR, local"
+    )
+    batch_clients: tuple[str, ...] = key(
+        [], "clients whose requests are batch whatever they say: address, CIDR or local"
+    )
     stop_seconds: float = key(20.0, "time that jobs get to end at a stop", "seconds", least=0)
     crash_refusal_seconds: float = key(
         600.0, "a request that has killed a child twice is refused for this", "seconds", least=0
@@ -199,8 +221,10 @@ class MemorySettings:
 class NpuSettings:
     """The NPU and its libraries."""
 
-    library: str = key("", "path of librkllmrt.so; empty: search")
+    library: str = key("", "librkllmrt.so, or a folder with several versions; empty: search")
     soc: str = key("", "name of the SoC; empty: from the device tree")
+    layout: str = key("", "version of librkllmrt.so whose memory layout to assume; empty: its own")
+    sampling: str = key("warn", "sampling that 1.2 cannot change per request: warn or reject")
     overlap: bool = key(False, "encode while another job decodes")
 
 
@@ -301,13 +325,20 @@ def check(settings: Settings) -> list[str]:
                 "http.bind: an address that is not loopback needs http.api_keys_file,"
                 " or http.allow_unauthenticated = true"
             )
-    for entry in settings.media.allow:
-        try:
-            split_allow(entry)
-        except ValueError as exc:
-            problems.append(f"media.allow: {entry!r}: {exc}")
+    for name, entries, parse_one in (
+        ("media.allow", settings.media.allow, split_allow),
+        ("queue.interactive_clients", settings.queue.interactive_clients, client_network),
+        ("queue.batch_clients", settings.queue.batch_clients, client_network),
+    ):
+        for entry in entries:
+            try:
+                parse_one(entry)
+            except ValueError as exc:
+                problems.append(f"{name}: {entry!r}: {exc}")
     if settings.log.level not in {"debug", "info", "warning", "error"}:
         problems.append("log.level: must be debug, info, warning or error")
+    if settings.npu.sampling not in {"warn", "reject"}:
+        problems.append("npu.sampling: must be warn or reject")
     if settings.engine.heal_max_seconds < settings.engine.heal_seconds:
         problems.append("engine.heal_max_seconds: must not be below engine.heal_seconds")
     if settings.media.max_image_bytes > settings.http.max_body_bytes:

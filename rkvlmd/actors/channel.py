@@ -15,6 +15,7 @@ from rkvlmd.wire import child as wire
 from rkvlmd.wire import frames
 
 _READ = 64 << 10
+_ROOM = socket.CMSG_SPACE(4 * frames.MAX_FDS)
 
 
 class ChannelError(Exception):
@@ -26,6 +27,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
+        self._raw = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._sending = trio.Lock()
         self._decoder = frames.FrameDecoder()
@@ -63,9 +65,12 @@ class Channel:
         """
         while not self._messages:
             try:
-                data, ancillary, flags, _ = await self._socket.recvmsg(
-                    _READ, socket.CMSG_SPACE(4 * frames.MAX_FDS), socket.MSG_CMSG_CLOEXEC
-                )
+                # Almost always nothing is there yet, so look only when there is: trio's own
+                # recvmsg would try first, and after a hit take one more turn of the loop.
+                await trio.lowlevel.wait_readable(self._raw)
+                data, ancillary, flags, _ = self._raw.recvmsg(_READ, _ROOM, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                continue
             except ConnectionError:
                 return None
             for level, kind, payload in ancillary:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,9 @@ class Child:
         self.dead = trio.Event()
         self.due = math.inf
         self.beat_at = math.inf
+        #: Gets each message in the turn of the loop in which it was read; what it does not take
+        #: waits for ``receive``.
+        self.listener: Callable[[wire.FromChild], bool] | None = None
         self._settings = settings
         self._argv = [*program, role, "--name", name, *arguments]
         self._channel: Channel | None = None
@@ -193,7 +196,7 @@ class Child:
                     return f"spoke nonsense: {exc}"
                 if item is None:
                     return None
-                message, _ = item
+                message, fds = item
                 self.beat_at = trio.current_time()
                 if isinstance(message, wire.Beat):
                     continue
@@ -205,6 +208,9 @@ class Child:
                     task_status.started()
                 elif self.hello is None:
                     return "did not say hello first"
+                elif self.listener is not None and self.listener(message):
+                    for fd in fds:
+                        os.close(fd)
                 else:
                     await self._inbox.send(item)
         return "did not say hello in time"

@@ -158,45 +158,67 @@ async def generate(
       ChildDiedError, ChildWedgedError, RkvlmdError: as for ``load``.
 
     """
-    first = settings.first_token_seconds + 4 * len(order.tokens) / pace.prefill_rate
+    tokens = len(order.tokens) or order.count
+    first = settings.first_token_seconds + 4 * tokens / pace.prefill_rate
     started = trio.current_time()
     try:
         with _due(child, first, "no first token in time") as scope:
-            await child.send(order, [r.blob.fd for r in rows])
-            return await _events(child, order, run, scope, settings, pace)
+            # Handled where they are read: a turn of the loop less on a token's way to the client.
+            child.listener = hear = _hearer(child, order, run, scope, settings, pace)
+            try:
+                await child.send(order, [r.blob.fd for r in rows])
+                return await _end(child, order, hear)
+            finally:
+                child.listener = None
     except trio.Cancelled:
         with trio.CancelScope(shield=True):
             await _abort(child, order, run, settings, pace, started + first)
         raise
 
 
-async def _events(
+def _hearer(
     child: Child,
     order: wire.Generate,
     run: Generation,
     scope: trio.CancelScope | None,
     settings: EngineSettings,
     pace: Pace,
-) -> wire.GenerateDone:
-    """Read until the order has ended. Without a scope the text goes nowhere."""
-    while True:
-        message, fds = await child.receive()
-        close_fds(fds)
-        if getattr(message, "id", None) != order.id:
-            continue
-        if isinstance(message, wire.Text):
+) -> Callable[[wire.FromChild], bool]:
+    """Return what takes the messages between an order and its end; true: it took this one.
+
+    Without a scope the text goes nowhere.
+    """
+
+    def hear(message: wire.FromChild) -> bool:
+        if isinstance(message, wire.Text) and message.id == order.id:
             if scope is not None:
-                scope.deadline = child.due = trio.current_time() + settings.token_seconds
                 run.on_text(message.text, message.tokens)
-        elif isinstance(message, wire.Prefilled):
+        elif isinstance(message, wire.Prefilled) and message.id == order.id:
             run.prefilled = True
             pace.prefilled(message.prompt - message.cached, message.seconds)
             if scope is not None:
-                scope.deadline = child.due = trio.current_time() + settings.token_seconds
                 run.on_prefilled(message)
-        elif isinstance(message, wire.GenerateDone):
+        else:
+            return False
+        if scope is not None:
+            scope.deadline = child.due = trio.current_time() + settings.token_seconds
+        return True
+
+    return hear
+
+
+async def _end(
+    child: Child, order: wire.Generate, hear: Callable[[wire.FromChild], bool]
+) -> wire.GenerateDone:
+    """Wait until the order has ended."""
+    while True:
+        message, fds = await child.receive()
+        close_fds(fds)
+        if hear(message) or getattr(message, "id", None) != order.id:
+            continue
+        if isinstance(message, wire.GenerateDone):
             return message
-        elif isinstance(message, wire.Failed):
+        if isinstance(message, wire.Failed):
             raise RkvlmdError(message.code, message.message)
 
 
@@ -219,15 +241,16 @@ async def _abort(
         if not child.alive:
             return
         await child.send(wire.Abort(id=order.id))
+        hear = _hearer(child, order, run, None, settings, pace)
         with trio.move_on_after(settings.abort_seconds):
-            await _events(child, order, run, None, settings, pace)
+            await _end(child, order, hear)
             return
         if not run.prefilled:
             left = first_due - trio.current_time()
             worth = left <= 2 * pace.load_seconds or not run.somebody_waits()
             if worth and left > 0:
                 with trio.move_on_after(left):
-                    await _events(child, order, run, None, settings, pace)
+                    await _end(child, order, hear)
                     return
         child.kill("it did not acknowledge an abort")
     except RkvlmdError:

@@ -13,6 +13,7 @@ from rkvlmd.actors import memory
 from rkvlmd.actors.blobs import Blob
 
 if TYPE_CHECKING:
+    from rkvlmd.actors.metrics import Metrics
     from rkvlmd.actors.pipeline import Tools
     from rkvlmd.actors.residency import Residency
     from rkvlmd.actors.scheduler import Scheduler
@@ -39,6 +40,11 @@ class House:
     def residency(self) -> Residency:
         """Which models are loaded."""
         return self.tools.residency
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is counted."""
+        return self.tools.metrics
 
     @property
     def stopping(self) -> bool:

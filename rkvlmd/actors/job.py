@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.messages import Ended, JobView, Timings, Usage
+from rkvlmd.actors.policy import NORMAL
+from rkvlmd.messages import PRIORITIES, Ended, JobView, Timings, Usage
 
 if TYPE_CHECKING:
     from rkvlmd.errors import RkvlmdError
@@ -27,8 +28,8 @@ class Outbox:
         self._wake = trio.Event()
 
     def put(self, text: str) -> None:
-        """Add text; never waits."""
-        if text:
+        """Add text; never waits. Text after the end is dropped."""
+        if text and self._end is None:
             self._parts.append(text)
             self._wake.set()
 
@@ -61,9 +62,14 @@ class Job:
 
     ``checked`` is set when every check of the input is done (pictures decoded,
     prompt counted) or when the job has ended: from then on the front may
-    choose a status. ``model`` is the name that the request resolved to.
-    ``ignored`` names the parameters that had no effect. ``seconds`` holds the
-    time of each stage, by the names of ``messages.Timings``.
+    choose a status. ``model`` is the name that the request resolved to,
+    ``rank`` its class in the queue, 0 the best. ``text_bytes`` are held for
+    the text as long as the job lives.
+    ``estimated``: nobody could count the prompt. ``ignored`` names the
+    parameters that had no effect. ``seconds`` holds the time of each stage, by
+    the names of ``messages.Timings``; ``leased``, ``first_token`` and
+    ``last_token`` are times of the loop's clock, ``ended_in`` the phase in
+    which its end came.
     """
 
     id: str
@@ -72,6 +78,8 @@ class Job:
     deadline: float
     submitted: float
     model: str = ""
+    rank: int = NORMAL
+    text_bytes: int = 0
     phase: Phase = "admitted"
     outbox: Outbox = field(default_factory=Outbox)
     checked: trio.Event = field(default_factory=trio.Event)
@@ -80,6 +88,12 @@ class Job:
     cached_tokens: int = 0
     image_tokens: int = 0
     completion_tokens: int = 0
+    max_tokens: int = 0
+    leased: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    ended_in: Phase = "done"
+    estimated: bool = False
     ignored: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -96,12 +110,14 @@ class Job:
         """Say how the job ended. The first end stays."""
         if self.outbox.end is not None:
             return
+        self.ended_in = self.phase
         self.seconds["total"] = trio.current_time() - self.submitted
         usage = Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             cached_tokens=self.cached_tokens,
             image_tokens=self.image_tokens,
+            estimated=self.estimated,
         )
         self.outbox.close(Ended(reason, usage, Timings(**self.seconds), error))
         self.checked.set()
@@ -122,4 +138,5 @@ class Job:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             stream=self.request.stream,
+            priority=PRIORITIES[self.rank],
         )

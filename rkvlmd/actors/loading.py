@@ -48,6 +48,7 @@ class Part:
     role: str
     index: int
     size: int
+    npu: bool = False
     child: Child | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     info: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +118,8 @@ class Loader:
         self._make_child = make_child or (lambda n, r: Child(n, r, settings.engine))
         self._remembered: dict[str, str] | None = None
         self.nursery: trio.Nursery | None = None
+        #: Children of each role that were started in the place of one that had gone.
+        self.restarts = {"encoder": 0, "decoder": 0}
         self.on_change: Callable[[], None] = lambda: None
         self.on_death: Callable[[str, ChildDiedError], None] = lambda _n, _d: None
 
@@ -168,7 +171,11 @@ class Loader:
             log.warning("the checked hashes could not be kept: %s", exc.strerror)
 
     async def bring_up(self, record: Record) -> None:
-        """Start what does not run; all parts at the same time.
+        """Start what does not run: all parts at the same time, those on the NPU in turn.
+
+        An operation on the NPU's memory fails when work in another IOMMU domain
+        keeps it waiting for 6 s, so there the decoder comes first, as in the
+        vendor's own program, and the encoders after it.
 
         Raises:
           LoadError: a part failed; the others keep what they have.
@@ -184,9 +191,16 @@ class Loader:
             except LoadError as exc:
                 errors.append(exc)
 
+        async def on_npu(parts: list[Part]) -> None:
+            for part in sorted(parts, key=lambda part: part.role != "decoder"):
+                if not errors:
+                    await one(part)
+
+        missing = [part for part in record.loaded.parts if not part.alive]
         async with trio.open_nursery() as nursery:
-            for part in record.loaded.parts:
-                if not part.alive:
+            nursery.start_soon(on_npu, [part for part in missing if part.npu])
+            for part in missing:
+                if not part.npu:
                     nursery.start_soon(one, part)
         if errors:
             raise errors[0]
@@ -198,11 +212,13 @@ class Loader:
         part.scope = trio.CancelScope()
         part.fraction = 0.0
         part.starts += 1
+        if part.starts > 1:
+            self.restarts[part.role] += 1
         order = wire.Load(
             folder=str(record.entry.folder),
             manifest=manifests.to_builtins(record.entry.manifest),
             part=part.index,
-            options={"threads": self._settings.engine.threads, **self._options(part.role)},
+            options={**self._engine_options(), **self._options(part.role)},
         )
 
         def progress(fraction: float, _doing: str) -> None:
@@ -231,6 +247,18 @@ class Loader:
         part.info = {**(child.hello.libraries if child.hello else {}), **ready.info}
         part.ready = True
         part.fraction = 1.0
+
+    def _engine_options(self) -> dict[str, Any]:
+        """Return what every engine child is told."""
+        npu = self._settings.npu
+        return {
+            "threads": self._settings.engine.threads,
+            "library": npu.library,
+            "layout": npu.layout,
+            "soc": npu.soc,
+            "sampling": npu.sampling,
+            "state": str(self._hashes.parent),
+        }
 
     async def _keep(
         self,
@@ -270,9 +298,11 @@ def _parts(record: Record) -> Iterator[Part]:
     manifest, folder = record.entry.manifest, record.entry.folder
     for index, encoder in enumerate(manifest.encoders):
         name = f"encoder:{record.name}" + (f".{index}" if index else "")
-        yield Part(name, "encoder", index, _size(folder / encoder.file))
+        npu = encoder.engine == "rknn"
+        yield Part(name, "encoder", index, _size(folder / encoder.file), npu)
     size = sum(_size(folder / f.file) for f in manifest.decoder.files.values())
-    yield Part(f"decoder:{record.name}", "decoder", 0, size)
+    npu = manifest.decoder.engine == "rkllm"
+    yield Part(f"decoder:{record.name}", "decoder", 0, size, npu)
 
 
 def _size(path: Path) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -12,10 +13,12 @@ from rkvlmd.actors import blobs, engine
 from rkvlmd.actors.child import ChildDiedError
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.actors.embeddings import Rows, row_key
+from rkvlmd.actors.metrics import Metrics
 from rkvlmd.actors.prep import PrepDiedError
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import EndReason, PicturePart, Sampling, TextPart
 from rkvlmd.models import manifest as manifests
+from rkvlmd.models import rkllm
 from rkvlmd.wire import child as wire
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Tools:
@@ -44,6 +49,7 @@ class Tools:
     residency: Residency
     cache: EmbeddingCache
     crashes: CrashMemory
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +64,12 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The tokens of the whole conversation and where the pictures' rows go."""
+    """The tokens of the whole conversation and where the pictures' rows go; RKLLM: as text."""
 
     tokens: list[int]
     spans: list[tuple[int, int, int]]
+    text: str = ""
+    count: int = 0
 
 
 async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
@@ -79,17 +87,20 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
         )  # fmt: skip
     with ExitStack() as stack:
         pictures = await _pictures(job, entry, tools, stack)
-        slot.resize(sum(p.pixels.blob.size for p in pictures))
+        slot.resize(job.text_bytes + sum(p.pixels.blob.size for p in pictures))
         crash_key = content_key(job.request.turns, (p.sha256 for p in pictures))
         tools.crashes.check(crash_key)
         prompt = await _prompt(job, entry, tools, pictures)
-        limit = _limit(job, entry, tools.settings)
+        limit = job.max_tokens = _limit(job, entry, tools.settings)
         order = _order(job, entry, prompt, pictures, limit)
+        info = tools.residency.decoder_info(job.model)
+        job.ignored += tuple(rkllm.without_effect(entry.manifest, order, order.seed, info))
         job.phase = "waiting"
         job.checked.set()
         queued = trio.current_time()
-        async with tools.lease.hold(job.client, job.model) as grip:
+        async with tools.lease.hold(job.client, job.model, job.rank) as grip:
             job.spent("queue", queued)
+            job.leased = trio.current_time()
             return await _with_lease(job, entry, tools, pictures, order, grip, crash_key)
 
 
@@ -170,7 +181,9 @@ async def _picture(job: Job, source: PictureSource, entry: Entry, tools: Tools) 
                 exact=media.exact,
             )
 
+        began = trio.current_time()
         done, results = await tools.prep.do(build, [blob], expect=wire.PictureDone)
+        job.spent("decode_image", began)
     except RkvlmdError as exc:
         exc.param = exc.param or source.field
         raise
@@ -199,10 +212,11 @@ async def _prompt(job: Job, entry: Entry, tools: Tools, pictures: list[Picture])
 
     done, _ = await tools.prep.do(build, [], expect=wire.RenderDone)
     assert isinstance(done, wire.RenderDone)
-    job.prompt_tokens = len(done.tokens)
+    job.prompt_tokens = len(done.tokens) or done.count
+    job.estimated = not done.tokens
     job.image_tokens = sum(picture.tokens for picture in pictures)
     job.spent("prepare", began)
-    return Prompt(done.tokens, done.spans)
+    return Prompt(done.tokens, done.spans, done.prompt, done.count)
 
 
 def _turn(turn: Turn) -> dict[str, Any]:
@@ -244,6 +258,8 @@ def _order(
     return wire.Generate(
         id=0,
         tokens=prompt.tokens,
+        prompt=prompt.text,
+        count=prompt.count,
         spans=[
             wire.Span(start=start, count=count, key=pictures[index].key)
             for start, count, index in prompt.spans
@@ -291,13 +307,15 @@ async def _with_lease(
 
 async def _rows(job: Job, picture: Picture, loaded: Loaded, tools: Tools) -> Rows:
     """Return a picture's rows, which the caller owns; encode it unless that was done before."""
+    began = trio.current_time()
     rows = tools.cache.get(picture.key)
     if rows is not None:
+        tools.metrics.picture_encode.observe(trio.current_time() - began, "hit")
         return rows
     job.phase = "encoding"
-    began = trio.current_time()
     rows, _ = await engine.encode(loaded.child("encoder"), picture.pixels, tools.settings.engine)
     job.spent("encode", began)
+    tools.metrics.picture_encode.observe(trio.current_time() - began, "miss")
     tools.cache.put(picture.key, rows)
     try:
         # The encode could not be interrupted: the client may have gone meanwhile.
@@ -320,10 +338,17 @@ async def _generate(
         job.phase = "generating"
         job.seconds["prefill"] = message.seconds
 
+    said = False
+
     def on_text(text: str, tokens: int) -> None:
+        nonlocal said
         if not job.completion_tokens and tokens:
             job.seconds["first_token"] = trio.current_time() - job.submitted
+        tools.metrics.generated(job, tokens, trio.current_time())
         job.completion_tokens += tokens
+        if text and not said:
+            # The space between "Assistant:" and the answer is the template's, not the answer's.
+            said, text = True, text.removeprefix(" ")
         job.outbox.put(text)
 
     generation = engine.Generation(
@@ -333,12 +358,33 @@ async def _generate(
     done = await engine.generate(
         child, _numbered(order, child.next_id()), rows, tools.settings.engine, pace, generation
     )
-    job.completion_tokens = done.completion
+    _account(job, done)
+    if done.recycle:
+        child.kill("its library leaks, so it is replaced")
     job.seconds["generate"] = trio.current_time() - began
     if done.reason == "aborted":
         raise RkvlmdError("engine_error", "The engine stopped although nobody asked it to.")
     tools.residency.completed(job.model)
     return done.reason
+
+
+def _account(job: Job, done: wire.GenerateDone) -> None:
+    """Take over the counts of the end, which knows better than the beginning."""
+    job.completion_tokens = done.completion
+    if done.prompt is not None:
+        job.prompt_tokens = done.prompt
+    if done.cached is not None:
+        job.cached_tokens = done.cached
+    job.ignored += tuple(name for name in done.ignored if name not in job.ignored)
+    if done.perf is not None:
+        perf = done.perf
+        job.seconds["prefill"] = perf.prefill_ms / 1000
+        log.info(
+            "job %s: the NPU computed %d tokens of the prompt in %.0f ms, %d of the answer in"
+            " %.0f ms; the child's peak is %.0f MB",
+            job.id, perf.prefill_tokens, perf.prefill_ms, perf.generate_tokens,
+            perf.generate_ms, perf.memory_mb,
+        )  # fmt: skip
 
 
 def _numbered(order: wire.Generate, number: int) -> wire.Generate:

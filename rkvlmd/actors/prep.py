@@ -79,6 +79,8 @@ class Prep:
         self._starting = 0
         self._numbers = 0
         self.children: dict[str, Child] = {}
+        #: Hears how many seconds a child worked on each picture.
+        self.on_picture: Callable[[float], None] = lambda _seconds: None
         self.deaths = 0
         self.done = 0
 
@@ -223,6 +225,7 @@ class Prep:
     async def _one(self, child: Child, order: _Order) -> None:
         """Give one order to the child; the order ends, or waits for another child."""
         number = child.next_id()
+        began = trio.current_time()
         try:
             with trio.move_on_after(order.seconds) as limit:
                 child.due = limit.deadline
@@ -238,6 +241,8 @@ class Prep:
                     elif isinstance(message, Done):
                         blobs = [Blob(fd) for fd in fds]
                         order.result = (message, blobs)
+                        if isinstance(message, wire.PictureDone):
+                            self.on_picture(trio.current_time() - began)
                     else:
                         close_fds(fds)
                         continue

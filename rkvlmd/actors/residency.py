@@ -63,6 +63,11 @@ class Residency(ModelTable):
             task_status.started()
             await trio.sleep_forever()
 
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How many children of each role were started in the place of one that had gone."""
+        return self._loader.restarts
+
     # --- loads --------------------------------------------------------------------
 
     async def ensure(self, name: str, grip: Grip) -> Loaded:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.actors import pipeline
+from rkvlmd.actors import pipeline, policy
 from rkvlmd.actors.child import ChildDiedError, ChildWedgedError
+from rkvlmd.actors.clients import Classes
 from rkvlmd.actors.job import Job
 from rkvlmd.actors.slots import Gate, Slot
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.messages import PRIORITIES
 
 if TYPE_CHECKING:
     from rkvlmd.actors.pipeline import Tools
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Phases in which a job has not begun to use the engine.
-_QUEUED = frozenset({"admitted", "fetching", "preparing", "waiting"})
+_PREPARING = frozenset({"admitted", "fetching", "preparing"})
+_QUEUED = _PREPARING | {"waiting"}
 #: End reasons of errors that are more than "error".
 _REASONS: dict[str, EndReason] = {
     "engine_died": "engine_died",
@@ -41,12 +45,15 @@ class Scheduler:
         self._tools = tools
         self._settings = tools.settings
         self.gate = Gate(tools.settings.queue)
+        self._classes = Classes(tools.settings.queue)
         self._live: dict[str, Job] = {}
         self._jobs: trio.Nursery | None = None
         self._draining = False
         self._empty = trio.Event()
         self.ends: dict[str, int] = {}
         tools.residency.on_unload = self._unloaded
+        tools.lease.on_pass = self._passed
+        tools.prep.on_picture = tools.metrics.picture_decode.observe
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until cancelled."""
@@ -58,11 +65,12 @@ class Scheduler:
         """Admit a request of ``size`` bytes before its body is read; never waits.
 
         Raises:
-          RkvlmdError: ``server_is_overloaded`` or ``shutting_down``.
+          RkvlmdError: ``server_is_overloaded``, ``rate_limit_exceeded`` or
+            ``shutting_down``.
 
         """
         if self._draining or self._jobs is None:
-            raise RkvlmdError("shutting_down", "The server is stopping.", retry_after=5)
+            raise self.gate.stopping()
         return self.gate.enter(client, size)
 
     def submit(self, slot: Slot, request: ChatRequest, *, request_id: str) -> Job:
@@ -74,13 +82,15 @@ class Scheduler:
 
         """
         if self._draining or self._jobs is None:
-            raise RkvlmdError("shutting_down", "The server is stopping.", retry_after=5)
+            raise self.gate.stopping()
         model = self._tools.residency.model(request.model).name
         self._tools.residency.admit(model)
         now = trio.current_time()
         seconds = self._settings.queue.job_seconds
         if request.timeout is not None:
             seconds = min(seconds, request.timeout)
+        rank = self._classes.rank(slot.client, request.priority)
+        self._check_late(slot.client, model, rank, seconds)
         job_id = request_id
         while job_id in self._live:  # a client may send one request id twice
             job_id += "+"
@@ -91,12 +101,37 @@ class Scheduler:
             deadline=now + seconds,
             submitted=now,
             model=model,
+            rank=rank,
+            text_bytes=max(0, slot.size - sum(len(p.data) for p in request.pictures)),
             ignored=request.ignored,
         )
         slot.owned = True
         self._live[job.id] = job
         self._jobs.start_soon(self._run, job, slot, name=f"job:{job.id}")
         return job
+
+    def _check_late(self, client: str, model: str, rank: int, seconds: float) -> None:
+        """Refuse a request whose deadline the work ahead of it would use up."""
+        gate, lease = self.gate, self._tools.lease
+        if gate.jobs * gate.service_seconds < seconds:
+            return  # not even behind all the others
+        new = lease.ticket(client, model, rank)
+        others = lease.tickets()
+        # Those whose pictures are being prepared will stand before it too.
+        others += [
+            replace(new, client=job.client, rank=job.rank)
+            for job in self._live.values()
+            if job.phase in _PREPARING
+        ]
+        start = policy.ahead(others, lease.view(), new) * gate.service_seconds
+        if lease.held:
+            start += max(0.0, gate.service_seconds - lease.held_seconds)
+        gate.check_late(start, seconds)
+
+    def _passed(self, ticket: policy.Waiting, seconds: float) -> None:
+        """Learn from a holder of the lease, unless it was gone before it began."""
+        if ticket.model and seconds > 0:
+            self.gate.served(seconds)
 
     async def _run(self, job: Job, slot: Slot) -> None:
         try:
@@ -140,9 +175,7 @@ class Scheduler:
         end = job.outbox.end
         assert end is not None
         self.ends[end.reason] = self.ends.get(end.reason, 0) + 1
-        used = sum(job.seconds.get(s, 0.0) for s in ("load", "encode", "generate"))
-        if used:
-            self.gate.served(used)
+        self._tools.metrics.end(job, end)
         log.info("%s", _line(job, end))
 
     # --- looking and ending ----------------------------------------------------------
@@ -187,6 +220,7 @@ class Scheduler:
             "bytes": self.gate.bytes,
             "waiting": self._tools.lease.waiting,
             "refused": self.gate.refused,
+            "refusals": dict(self.gate.refusals),
             "ended": dict(self.ends),
             "lease_busy_seconds": round(self._tools.lease.busy_seconds, 3),
         }
@@ -196,10 +230,12 @@ def _line(job: Job, end: Ended) -> str:
     """One line per request: no text, no pictures."""
     usage, t = end.usage, end.timings
     return (
-        f"job {job.id} client={job.client} model={job.model} end={end.reason}"
+        f"job {job.id} client={job.client} model={job.model} priority={PRIORITIES[job.rank]}"
+        f" stream={int(job.request.stream)} end={end.reason} phase={job.ended_in}"
         f" code={end.error.code if end.error else '-'} pictures={len(job.request.pictures)}"
         f" prompt={usage.prompt_tokens} cached={usage.cached_tokens}"
-        f" completion={usage.completion_tokens} queue={t.queue:.3f} prepare={t.prepare:.3f}"
-        f" encode={t.encode:.3f} prefill={t.prefill:.3f} first_token={t.first_token:.3f}"
-        f" total={t.total:.3f}"
+        f" completion={usage.completion_tokens} fetch={t.fetch:.3f}"
+        f" decode_image={t.decode_image:.3f} prepare={t.prepare:.3f} queue={t.queue:.3f}"
+        f" load={t.load:.3f} encode={t.encode:.3f} prefill={t.prefill:.3f}"
+        f" first_token={t.first_token:.3f} generate={t.generate:.3f} total={t.total:.3f}"
     )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.settings import QueueSettings
+
+#: Why a request was refused: the house is full of requests, or of bytes; the client holds its
+#: share; the work ahead would use up its deadline; the server stops.
+Refusal = Literal["jobs", "bytes", "client", "late", "stopping"]
 
 
 class Slot:
@@ -49,21 +54,41 @@ class Gate:
         self._settings = settings
         self.jobs = 0
         self.bytes = 0
-        self.refused = 0
+        self.refusals: dict[Refusal, int] = {}
         self.service_seconds = 1.0
+        self.measured = False
+        self._clients: dict[str, int] = {}
+
+    @property
+    def refused(self) -> int:
+        """How many requests were refused, for all reasons."""
+        return sum(self.refusals.values())
 
     def enter(self, client: str, size: int) -> Slot:
         """Admit or refuse.
 
         Raises:
-          RkvlmdError: ``server_is_overloaded`` with ``retry_after``.
+          RkvlmdError: ``rate_limit_exceeded`` or ``server_is_overloaded``, with
+            ``retry_after``.
 
         """
+        most = self._settings.max_jobs_per_client
+        held = self._clients.get(client, 0)
+        if 0 < most <= held:
+            self._count("client")
+            raise RkvlmdError(
+                "rate_limit_exceeded",
+                f"{held} requests of this client are waiting or running, and no more may"
+                " (queue.max_jobs_per_client).",
+                # The clients take turns, so one of its own ends after as many as there are for each.
+                retry_after=_seconds(self.service_seconds * self.jobs / held),
+            )
         if self.jobs >= self._settings.max_jobs:
-            raise self._full(f"{self.jobs} requests are waiting or running")
+            raise self._full("jobs", f"{self.jobs} requests are waiting or running")
         self._room(size)
         self.jobs += 1
         self.bytes += size
+        self._clients[client] = held + 1
         return Slot(self, client, size)
 
     def resize(self, slot: Slot, size: int) -> None:
@@ -76,20 +101,53 @@ class Gate:
         """Called by ``Slot.close``."""
         self.jobs -= 1
         self.bytes -= slot.size
+        left = self._clients.pop(slot.client) - 1
+        if left:
+            self._clients[slot.client] = left
 
     def served(self, seconds: float) -> None:
         """Learn how long the lease is held for one job; an average that forgets."""
         self.service_seconds += 0.2 * (seconds - self.service_seconds)
+        self.measured = True
+
+    def check_late(self, start: float, seconds: float) -> None:
+        """Refuse a request that would start in ``start`` seconds and must be done in ``seconds``.
+
+        Raises:
+          RkvlmdError: ``server_is_overloaded`` with ``retry_after``.
+
+        """
+        if not self._settings.refuse_late or not self.measured or start < seconds:
+            return
+        self._count("late")
+        raise RkvlmdError(
+            "server_is_overloaded",
+            f"The work ahead of this request takes about {math.ceil(start)} s, longer than its"
+            f" deadline of {seconds:.3g} s.",
+            retry_after=_seconds(start - seconds),
+        )
+
+    def stopping(self) -> RkvlmdError:
+        """Return the error for a request that comes too late for this process."""
+        self._count("stopping")
+        return RkvlmdError("shutting_down", "The server is stopping.", retry_after=5)
 
     def _room(self, more: int) -> None:
         if more > 0 and self.bytes + more > self._settings.max_bytes:
-            raise self._full("too many bytes of requests are held")
+            raise self._full("bytes", "too many bytes of requests are held")
 
-    def _full(self, why: str) -> RkvlmdError:
-        self.refused += 1
-        estimate = math.ceil(self.jobs * self.service_seconds / 2)
+    def _full(self, reason: Refusal, why: str) -> RkvlmdError:
+        self._count(reason)
         return RkvlmdError(
             "server_is_overloaded",
             f"The server is busy: {why}. Please try again later.",
-            retry_after=max(1, min(120, estimate)),
+            retry_after=_seconds(self.jobs * self.service_seconds / 2),
         )
+
+    def _count(self, reason: Refusal) -> None:
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+
+
+def _seconds(estimate: float) -> int:
+    """Return a ``Retry-After``: clients give up above 120."""
+    return max(1, min(120, math.ceil(estimate)))

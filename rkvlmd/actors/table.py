@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -49,6 +49,12 @@ class ModelTable:
     def pace(self, name: str) -> Pace:
         """Return what was measured on a model that exists."""
         return self._records[name].pace
+
+    def decoder_info(self, name: str) -> dict[str, Any]:
+        """Return what the decoder of a model said when it was loaded; empty while it is not."""
+        loaded = self._records[name].loaded
+        parts = loaded.parts if loaded is not None else []
+        return next((part.info for part in parts if part.role == "decoder"), {})
 
     def ready(self) -> bool:
         """Whether a request without a model name can be served."""

@@ -40,9 +40,7 @@ class DecoderBackend(Protocol):
         """Open the model; return what ``ready`` tells (library versions, shapes)."""
         ...
 
-    def generate(
-        self, order: child.Generate, rows: Sequence[Rows], say: Say
-    ) -> child.GenerateDone:
+    def generate(self, order: child.Generate, rows: Sequence[Rows], say: Say) -> child.GenerateDone:
         """Say ``prefilled`` once, ``text`` per token; return the end. ``rows`` one per span."""
         ...
 

@@ -95,12 +95,17 @@ class PrepRole:
     def _render(self, order: child.Render, send: Send) -> None:
         from rkvlmd.engine import render
 
+        model = manifest.from_builtins(order.manifest)
+        text, count = "", 0
         try:
-            tokens, spans = render.render(
-                order.folder, manifest.from_builtins(order.manifest), order.turns, order.pictures
-            )
+            if model.decoder.engine == "rkllm":
+                text, tokens, spans, count = render.render_text(
+                    order.folder, model, order.turns, order.pictures
+                )
+            else:
+                tokens, spans = render.render(order.folder, model, order.turns, order.pictures)
         except MemoryError:
             raise RkvlmdError(
                 "server_error", "The conversation needs more memory than one may take."
             ) from None
-        send(child.RenderDone(id=order.id, tokens=tokens, spans=spans))
+        send(child.RenderDone(id=order.id, tokens=tokens, spans=spans, prompt=text, count=count))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -17,7 +17,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.models import families, prompt
+from rkvlmd.models import estimate, families, prompt
 from rkvlmd.models.manifest import Manifest, digest
 
 #: Models whose files stay open in one child; each tokenizer takes some 10 MB.
@@ -66,6 +66,56 @@ def render(
         return prompt.expand(tokens, words.content, order, pictures)
     except prompt.PromptError as exc:
         raise RkvlmdError("invalid_model", f"The model's files do not agree: {exc}.") from exc
+
+
+class Rendered(NamedTuple):
+    """A prompt for RKLLM; ``most`` is the number of tokens, or an estimate that is not too small."""
+
+    text: str
+    tokens: list[int]
+    spans: list[tuple[int, int, int]]
+    most: int
+
+
+def render_text(
+    folder: str,
+    manifest: Manifest,
+    turns: Sequence[dict[str, Any]],
+    pictures: Sequence[int],
+) -> Rendered:
+    """Return the prompt as text, ``<image>`` at each picture's place; arguments as for ``render``.
+
+    Clients' special strings are broken with a zero width space, since the
+    library tokenises by itself. Tokens are counted where the model has a
+    tokenizer, else estimated.
+
+    Raises:
+      RkvlmdError: see ``render``.
+
+    """
+    order = prompt.picture_order(turns)
+    if sorted(order) != list(range(len(pictures))):
+        raise ValueError(f"places {order} for {len(pictures)} pictures")
+    words = _words(folder, manifest) if manifest.tokenizer is not None else None
+    tags = manifest.image
+    strings = {*prompt.RKLLM_PLACES, *manifest.special_strings, manifest.marker}
+    strings |= {tags.start, tags.content, tags.end} if tags is not None else set()
+    strings |= words.specials.strings if words is not None else set()
+    template = _template(folder, manifest)
+    rendered = template.render(turns, prompt.Specials(strings), len(pictures))
+    # The library takes a string of C: it would end at the first NUL.
+    rendered = rendered.replace(prompt.BREAK, prompt.ZERO_WIDTH).replace("\0", "")
+    try:
+        text = prompt.mark_pictures(rendered, template.place, len(pictures))
+        if words is None:
+            count = estimate.most_tokens(text) + sum(pictures) + 2 * len(pictures)
+            spans = [(0, pictures[index], index) for index in order]
+            return Rendered(text, [], spans, count)
+        shown = prompt.place_pictures(rendered, template.place, len(pictures), tags)
+        tokens, spans = prompt.expand(words.encode(shown), words.content, order, pictures)
+    except prompt.PromptError as exc:
+        raise RkvlmdError("invalid_model", f"The model's files do not agree: {exc}.") from exc
+    return Rendered(text, tokens, spans, len(tokens))
 
 
 # --- the tokenizer -------------------------------------------------------------------

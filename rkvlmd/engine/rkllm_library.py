@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import ctypes as c
 import os
-import re
-import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rkvlmd.board import elf, libraries
 from rkvlmd.engine import rkllm_types as types
 from rkvlmd.engine.rkllm_abi import VERSIONS, Layout
 from rkvlmd.errors import RkvlmdError
 
-NAME = "librkllmrt.so"
-#: Where the library is looked for, after ``LD_LIBRARY_PATH``; the first is where Rockchip's
-#: own scripts put it.
-FOLDERS = (
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/lib/aarch64-linux-gnu",
-    "/usr/local/lib",
-    "/usr/local/lib/aarch64-linux-gnu",
-)
-
-# The published libraries hold "RKLLM SDK (version: 1.2.0 | target: ...", betas "1.2.1b1"; what
-# came before 1.0 says "rknn llm lib version: ".
-_VERSION = re.compile(rb"RKLLM SDK \(version:\s{0,8}(\d{1,3}\.\d{1,3}\.\d{1,3}(?:b\d{1,3})?)")
-_OLD_VERSION = re.compile(rb"rknn llm lib version:\s{0,8}([0-9.]{1,12})")
-_CHUNK = 1 << 20
-#: No match is longer; so much of a chunk is looked at again with the next one.
-_OVERLAP = 128
-
-# e_machine of the ELF header (elf.h), at byte 18.
-_MACHINES = {3: "x86", 40: "armhf", 62: "x86_64", 183: "aarch64", 243: "riscv"}
+NAME = libraries.RKLLM.name
+#: Where the library is looked for, after ``LD_LIBRARY_PATH``.
+FOLDERS = libraries.RKLLM.folders
 
 #: Bytes given to ``rkllm_createDefaultParam``, which returns a structure by value: the caller's
 #: room may be larger than the structure, never smaller.
 PARAM_ROOM = 1024
 
 
-def find(setting: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the path of the library: ``npu.library`` of the settings, else the first that exists.
+def find(setting: str, environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Return the libraries to choose from, the preferred one first.
+
+    ``setting`` is ``npu.library``: a file, or a folder with files of several
+    versions. Without it the first that a search finds is the only one.
 
     Raises:
       RkvlmdError: ``model_failed``; where it was looked for goes to standard error.
@@ -51,15 +35,21 @@ def find(setting: str, environ: Mapping[str, str] = os.environ) -> Path:
     """
     if setting:
         path = Path(setting)
+        if path.is_dir():
+            found = sorted(path.glob("librkllmrt*.so*"), reverse=True)
+            if found:
+                return found
+            _tell(f"npu.library: {path} has no librkllmrt*.so")
+            raise _error(f"npu.library: there is no library in the folder {path.name}.")
         if not path.is_file():
             _tell(f"npu.library: {path} is no file")
             raise _error(f"npu.library: the file {path.name} does not exist.")
-        return path
+        return [path]
     given = [f for f in environ.get("LD_LIBRARY_PATH", "").split(":") if f]
     for folder in (*given, *FOLDERS):
         path = Path(folder) / NAME
         if path.is_file():
-            return path
+            return [path]
     _tell(f"{NAME} was looked for in {', '.join((*given, *FOLDERS))}")
     raise _error(f"{NAME} was not found; install it, or set npu.library to where it is.")
 
@@ -72,39 +62,19 @@ def read_version(path: Path) -> str:
 
     """
     try:
-        found, old = _scan(path)
+        found = libraries.versions_of(path)
     except OSError as exc:
         raise _error(f"npu.library: {path.name} cannot be read: {exc.strerror}.") from exc
-    if len(found) == 1:
-        return found.pop()
-    if found:
+    if not found:
+        raise _error(
+            f"npu.library: {path.name} does not say which version of the RKLLM runtime it is;"
+            " is it another library?"
+        )
+    if len(found) > 1:
         raise _error(
             f"npu.library: {path.name} says more than one version: {', '.join(sorted(found))}."
         )
-    if old:
-        raise _error(
-            f"npu.library: {path.name} is of version {min(old)}, older than all that are"
-            f" supported ({_supported()})."
-        )
-    raise _error(
-        f"npu.library: {path.name} does not say which version of the RKLLM runtime it is;"
-        " is it another library?"
-    )
-
-
-def _scan(path: Path) -> tuple[set[str], set[str]]:
-    found: set[str] = set()
-    old: set[str] = set()
-    kept = b""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            window = kept + chunk
-            # A match that ends with the window may go on in the next chunk.
-            found |= {m[1].decode() for m in _VERSION.finditer(window) if m.end() < len(window)}
-            old |= {m[1].decode() for m in _OLD_VERSION.finditer(window)}
-            kept = window[-_OVERLAP:]
-    found |= {m[1].decode() for m in _VERSION.finditer(kept)}
-    return found, old
+    return found.pop()
 
 
 def choose(version: str, name: str = NAME, *, override: str = "") -> Layout:
@@ -134,25 +104,14 @@ def check_machine(path: Path) -> None:
       RkvlmdError: ``model_failed`` that names what it is for.
 
     """
-    theirs, ours = _machine(path), _machine(Path("/proc/self/exe"))
+    theirs, ours = elf.read(path), elf.read(Path("/proc/self/exe"))
     if theirs is None:
         raise _error(f"npu.library: {path.name} is no ELF library, or it is cut short.")
-    if ours is not None and theirs != ours:
+    if ours is not None and theirs.machine != ours.machine:
         raise _error(
-            f"npu.library: {path.name} is built for {theirs}, but this Python is built for {ours}."
+            f"npu.library: {path.name} is built for {theirs.machine}, but this Python is built"
+            f" for {ours.machine}."
         )
-
-
-def _machine(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(20)
-    except OSError:
-        return None
-    if len(head) < 20 or head[:4] != b"\x7fELF":
-        return None
-    (machine,) = struct.unpack("<H" if head[5] == 1 else ">H", head[18:20])
-    return _MACHINES.get(machine, f"machine {machine}")
 
 
 # --- the opened library ------------------------------------------------------------------
@@ -247,12 +206,29 @@ def _fits(room: bytes, layout: Layout) -> bool:
     return bool(sane)
 
 
-def open_library(setting: str = "", *, override: str = "") -> Library:
-    """Find, check and open the library; see the functions above for what can be wrong."""
-    path = find(setting)
-    check_machine(path)
-    version = read_version(path)
-    return Library(path, version, choose(version, path.name, override=override))
+def open_library(setting: str = "", *, override: str = "", wanted: Sequence[str] = ()) -> Library:
+    """Find, check and open the library; see the functions above for what can be wrong.
+
+    ``wanted`` are the versions that a model works with, such as ``1.2.3`` or
+    ``1.3`` for a series; none means any.
+
+    Raises:
+      RkvlmdError: ``model_failed``, also when no library is of a version that is wanted.
+
+    """
+    paths = find(setting)
+    seen = []
+    for path in paths:
+        check_machine(path)
+        version = read_version(path)
+        if wanted and not any(version == v or version.startswith(f"{v}.") for v in wanted):
+            seen.append(f"{path.name} is {version}")
+            continue
+        return Library(path, version, choose(version, path.name, override=override))
+    raise _error(
+        f"decoder.runtime_versions: the model works with {', '.join(wanted)}, but"
+        f" {', '.join(seen)}; npu.library can name another file, or a folder of several."
+    )
 
 
 def _supported() -> str:

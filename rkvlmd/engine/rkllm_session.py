@@ -117,7 +117,8 @@ class Session:
         self._kept.append(param)
         rc = library.rkllm_init(c.byref(self._handle), c.byref(param), argument)
         # Old libraries returned 0 with a handle of NULL.
-        if rc != 0 or self._handle.value is None:
+        if rc != 0 or not self.is_open:
+            self._handle = c.c_void_p()
             raise InitError(f"rkllm_init returned {rc}")
 
     def _fill(self, param: Any, setup: Setup) -> None:
@@ -148,9 +149,14 @@ class Session:
             param.img_start, param.img_end = tags.start, tags.end
             param.img_content = tags.content
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a handle."""
+        return self._handle.value is not None
+
     def close(self) -> None:
         """Destroy the handle; no run may be going on."""
-        if self._handle.value is not None:
+        if self.is_open:
             self.library.rkllm_destroy(self._handle)
             self._handle = c.c_void_p()
 

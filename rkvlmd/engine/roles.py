@@ -19,6 +19,8 @@ from rkvlmd.wire import child
 BACKENDS = {
     ("encoder", "onnx"): "rkvlmd.engine.onnx_encoder:OnnxEncoder",
     ("decoder", "onnx"): "rkvlmd.engine.onnx_decoder:OnnxDecoder",
+    ("encoder", "rknn"): "rkvlmd.engine.rknn_encoder:RknnEncoder",
+    ("decoder", "rkllm"): "rkvlmd.engine.rkllm_decoder:RkllmDecoder",
 }
 SCRIPTED = "rkvlmd.engine.scripted:ScriptedBackend"
 
@@ -30,7 +32,7 @@ class EngineRole:
         self._name = name
         self._script = script
         self._backend: Any = None
-        self._embedding = 0
+        self._row = 0
         self._generating = False
 
     def warm(self) -> None:
@@ -69,7 +71,7 @@ class EngineRole:
         backend: EncoderBackend | DecoderBackend = self._new(order)
         info = backend.load(order, progress)
         self._backend = backend
-        self._embedding = int(order.manifest.get("decoder", {}).get("embedding", 0))
+        self._row = _row(order.manifest)
         send(child.Ready(info=info))
 
     def _new(self, order: child.Load) -> Any:
@@ -126,11 +128,17 @@ class EngineRole:
         send(done)
 
     def _rows(self, fd: int, span: child.Span) -> Rows:
-        width = self._embedding
+        width = self._row
         if width == 0:
             # A scripted decoder may run without a manifest.
             width = memfd.checked_size(fd) // (4 * max(1, span.count))
         return memfd.map_array(fd, child.Tensor(shape=(span.count, width), dtype="float32"))
+
+
+def _row(manifest: dict[str, Any]) -> int:
+    """Return how many floats a row of a picture has: one embedding an output of the encoder."""
+    outputs = max((e.get("outputs", 1) for e in manifest.get("encoders") or ()), default=1)
+    return int(manifest.get("decoder", {}).get("embedding", 0)) * int(outputs)
 
 
 def _import(where: str) -> Any:

@@ -19,6 +19,8 @@ FILE = "rkvlm.json"
 SCHEMA = 1
 #: Largest manifest that is read, bytes.
 MAX_BYTES = 1 << 20
+#: The last IOMMU domain that the NPU's driver has (0.9.8), and the longest context of RKLLM.
+MAX_DOMAIN, MAX_RKLLM_CONTEXT = 15, 16384
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -49,7 +51,9 @@ class Encoder(_Strict, frozen=True, kw_only=True):
     """A vision encoder: pixels to ``tokens`` rows of ``embedding`` floats.
 
     ``mean`` and ``std`` are on the 0..1 scale; ``baked`` says that the file
-    does them itself and wants uint8 (0..255).
+    does them itself and wants uint8 (0..255). ``outputs``: with several, a
+    row holds ``outputs`` x ``embedding`` floats. ``core_mask`` chooses NPU
+    cores, one bit each, 0 for the library's choice; default all that the SoC has.
     """
 
     modality: Literal["image"] = "image"
@@ -67,6 +71,7 @@ class Encoder(_Strict, frozen=True, kw_only=True):
     tokens: Positive
     embedding: Positive
     outputs: Positive = 1
+    core_mask: Natural | None = None
     lease: Lease = "cpu"
 
 
@@ -81,7 +86,11 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     """A language decoder. ``files``: ``embed`` and ``decoder`` (ONNX), or ``model`` (RKLLM).
 
     ``context`` counts tokens, prompt and answer together. ``kv_bytes_per_token``
-    is what one token costs in the key/value cache.
+    is what one token costs in the key/value cache. For RKLLM: ``npu_cores``
+    that the file was converted for, ``runtime_versions`` that it works with
+    (empty: any), ``cpu_mask`` one bit a CPU, ``n_keep`` positions that stay
+    when the window shifts, ``embed_flash`` reads the embeddings from storage;
+    what is not given is the library's default.
     """
 
     engine: Literal["onnx", "rkllm"]
@@ -92,7 +101,9 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     npu_cores: Natural = 0
     runtime_versions: tuple[str, ...] = ()
     iommu_domain: Natural | None = None
-    cpu_mask: Natural | None = None
+    cpu_mask: Positive | None = None
+    n_keep: int | None = None
+    embed_flash: bool | None = None
     lease: Lease = "cpu"
 
 
@@ -181,14 +192,37 @@ def _check(m: Manifest) -> list[str]:
             problems.append(f"encoders[{i}].tokens: do not fit decoder.context")
         if max(encoder.resize.fill) > 255:
             problems.append(f"encoders[{i}].resize.fill: must be at most 255")
+        if encoder.engine == "rknn" and not (encoder.baked and encoder.layout == "nhwc"):
+            problems.append(
+                f"encoders[{i}].baked, .layout: an rknn encoder takes uint8, channels last:"
+                " baked = true, layout = nhwc"
+            )
     need = {"onnx": {"embed", "decoder"}, "rkllm": {"model"}}[m.decoder.engine]
     if missing := need - set(m.decoder.files):
         problems.append(f"decoder.files: missing {', '.join(sorted(missing))}")
     if m.decoder.engine == "onnx":
         problems += [f"{k}: needed by the onnx engine" for k in ("tokenizer", "template")
                      if getattr(m, k) is None]  # fmt: skip
+    else:
+        problems += _check_rkllm(m)
     if "image" in m.capabilities and not m.encoders:
         problems.append("capabilities: image without an encoder")
+    return problems
+
+
+def _check_rkllm(m: Manifest) -> list[str]:
+    problems = []
+    decoder = m.decoder
+    # The runtime pins one thread a core of the NPU at least, and refuses fewer CPUs.
+    if decoder.cpu_mask is not None and decoder.cpu_mask.bit_count() < decoder.npu_cores:
+        problems.append(
+            f"decoder.cpu_mask: has {decoder.cpu_mask.bit_count()} CPUs, but decoder.npu_cores is"
+            f" {decoder.npu_cores}"
+        )
+    if decoder.iommu_domain is not None and decoder.iommu_domain > MAX_DOMAIN:
+        problems.append(f"decoder.iommu_domain: must be at most {MAX_DOMAIN}")
+    if decoder.context > MAX_RKLLM_CONTEXT:
+        problems.append(f"decoder.context: must be at most {MAX_RKLLM_CONTEXT} for rkllm")
     return problems
 
 

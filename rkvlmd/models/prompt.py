@@ -155,6 +155,24 @@ def place_pictures(rendered: str, place: str, pictures: int, tags: Tags | None) 
     return rendered.replace(place, tags.start + tags.content + tags.end)
 
 
+def mark_pictures(rendered: str, place: str, pictures: int) -> str:
+    """Put ``<image>`` at each place, for librkllmrt; ``place`` as in ``place_pictures``.
+
+    Raises:
+      PromptError: there are not as many places as pictures, or the template
+        has written something else that the library would expand.
+
+    """
+    found = rendered.count(place)
+    if found != pictures:
+        raise PromptError(f"the template made {found} places for {pictures} pictures")
+    marked = rendered.replace(place, RKLLM_PLACES[0])
+    for mark in RKLLM_PLACES:
+        if marked.count(mark) != (pictures if mark == RKLLM_PLACES[0] else 0):
+            raise PromptError(f"the template wrote {mark} where no picture is")
+    return marked
+
+
 def expand(
     ids: Sequence[int], content: int, order: Sequence[int], counts: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int, int]]]:

@@ -47,7 +47,9 @@ class Load(_Message, frozen=True, tag="load", kw_only=True):
 
     ``manifest`` is the whole ``rkvlm.json`` as parsed (``models.manifest``);
     ``part`` the index into ``encoders`` (an encoder child). ``options`` come
-    from the settings: ``threads``.
+    from the settings: ``threads``; for the NPU engines also ``library``,
+    ``layout``, ``soc``, ``sampling`` (section ``npu``) and ``state`` (the
+    state folder).
     """
 
     folder: str
@@ -110,10 +112,16 @@ class Generate(_Message, frozen=True, tag="generate", kw_only=True):
     ``tokens`` is the whole conversation with the image tokens expanded; the
     child reuses what its cache already holds. ``sampling`` has every field of
     ``messages.Sampling`` filled in; ``stop`` are strings.
+
+    For RKLLM, ``prompt`` is the conversation as text with ``<image>`` at each
+    picture's place; without a tokenizer ``tokens`` is empty and ``count`` an
+    estimate of how many there are.
     """
 
     id: int
     tokens: list[int]
+    prompt: str = ""
+    count: Natural = 0
     spans: list[Span] = []
     max_tokens: int
     stop: list[str] = []
@@ -178,11 +186,17 @@ class PictureDone(_Message, frozen=True, tag="picture_done", kw_only=True):
 
 
 class RenderDone(_Message, frozen=True, tag="render_done", kw_only=True):
-    """``tokens``: the whole prompt, pictures expanded; ``spans`` as (start, count, index)."""
+    """``tokens``: the whole prompt, pictures expanded; ``spans`` as (start, count, index).
+
+    ``prompt`` and ``count`` for RKLLM, as in ``generate``; where ``tokens`` is
+    empty, the spans have no start.
+    """
 
     id: int
     tokens: list[int]
     spans: list[tuple[int, int, int]]
+    prompt: str = ""
+    count: Natural = 0
 
 
 class EncodeDone(_Message, frozen=True, tag="encode_done", kw_only=True):
@@ -210,13 +224,33 @@ class Text(_Message, frozen=True, tag="text", kw_only=True):
     tokens: int = 1
 
 
+class Perf(msgspec.Struct, frozen=True, kw_only=True):
+    """What the RKLLM runtime measured itself; ``memory_mb`` is the child's peak."""
+
+    prefill_tokens: int
+    prefill_ms: float
+    generate_tokens: int
+    generate_ms: float
+    memory_mb: float
+
+
 class GenerateDone(_Message, frozen=True, tag="generate_done", kw_only=True):
-    """``completion`` counts generated tokens, the end-of-text token left out."""
+    """``completion`` counts generated tokens, the end-of-text token left out.
+
+    From RKLLM also: ``prompt`` and ``cached`` where the end knows better than
+    the beginning, ``ignored`` the sampling parameters that had no effect,
+    ``recycle`` that this child should be replaced, because its library leaks.
+    """
 
     id: int
     reason: Literal["stop", "length", "aborted"]
     completion: int
     seconds: float
+    prompt: int | None = None
+    cached: int | None = None
+    ignored: list[str] = []
+    recycle: bool = False
+    perf: Perf | None = None
 
 
 class Failed(_Message, frozen=True, tag="failed", kw_only=True):

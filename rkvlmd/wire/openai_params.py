@@ -27,6 +27,7 @@ READ: frozenset[str] = frozenset(
         "stream",
         "stream_options",
         "timeout",
+        "priority",
     ]
 )
 
@@ -66,7 +67,6 @@ IGNORED: frozenset[str] = frozenset(
         "chat_template_kwargs",
         "keep_alive",
         "options",
-        "priority",
     ]
 )
 

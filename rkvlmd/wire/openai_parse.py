@@ -11,13 +11,12 @@ from rkvlmd.wire import strict_json
 from rkvlmd.wire.openai_content import Content
 from rkvlmd.wire.openai_fields import INT64, Fields, invalid
 from rkvlmd.wire.openai_params import sort_out
+from rkvlmd.wire.urgency import LONGEST_TIMEOUT, priority
 
 #: OpenAI documents 4; clients of other servers send more.
 MOST_STOPS = 16
 STOP_CHARACTERS = 1024
 MODEL_CHARACTERS = 256
-#: No deadline of a client may reach further than a day (seconds).
-LONGEST_TIMEOUT = 86400.0
 
 
 def parse_chat(body: bytes, settings: Settings) -> ChatRequest:
@@ -49,6 +48,7 @@ def parse_chat(body: bytes, settings: Settings) -> ChatRequest:
         stream=fields.flag("stream"),
         include_usage=options.flag("include_usage"),
         timeout=fields.number("timeout", least=0.0, most=LONGEST_TIMEOUT, above=True),
+        priority=priority(fields.get("priority")),
         ignored=ignored,
         unknown=unknown,
     )

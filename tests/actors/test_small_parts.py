@@ -85,6 +85,49 @@ def test_retry_after_follows_the_service_time() -> None:
     assert info.value.retry_after == 120
 
 
+def test_one_client_holds_at_most_its_share() -> None:
+    gate = Gate(QueueSettings(max_jobs=8, max_jobs_per_client=2, max_bytes=1000))
+    slots = [gate.enter("a", 1), gate.enter("a", 1), gate.enter("b", 1)]
+    for _ in range(50):
+        gate.served(10.0)
+    with pytest.raises(RkvlmdError, match="max_jobs_per_client") as info:
+        gate.enter("a", 1)
+    # Of three jobs two are its own: one of them ends after one and a half, on the average.
+    assert (info.value.code, info.value.status, info.value.retry_after) == (
+        "rate_limit_exceeded", 429, 15,
+    )  # fmt: skip
+    slots[0].release()
+    slots.append(gate.enter("a", 1))
+    gate.enter("b", 1)
+    for slot in slots[1:]:
+        slot.release()
+    assert gate.refusals == {"client": 1}
+    assert gate.jobs == 1
+
+
+def test_no_share_when_it_is_off() -> None:
+    gate = Gate(QueueSettings(max_jobs=40, max_jobs_per_client=0))
+    for _ in range(40):
+        gate.enter("a", 1)
+    with pytest.raises(RkvlmdError) as info:
+        gate.enter("a", 1)
+    assert info.value.code == "server_is_overloaded"
+
+
+def test_late_requests_are_refused_only_on_measured_grounds() -> None:
+    gate = Gate(QueueSettings())
+    gate.check_late(100.0, 10.0)
+    gate.served(1.0)
+    gate.check_late(9.0, 10.0)
+    with pytest.raises(RkvlmdError, match="about 31 s, longer than its deadline of 10 s") as info:
+        gate.check_late(30.5, 10.0)
+    assert (info.value.code, info.value.retry_after) == ("server_is_overloaded", 21)
+    assert gate.refusals == {"late": 1}
+    patient = Gate(QueueSettings(refuse_late=False))
+    patient.served(1.0)
+    patient.check_late(30.5, 10.0)
+
+
 def test_crash_memory() -> None:
     async def scenario() -> None:
         crashes = CrashMemory(600.0)

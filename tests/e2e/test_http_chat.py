@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -378,3 +379,73 @@ async def test_models_and_health() -> None:
             await client.get("/livez", method="HEAD")
             assert (await client.head()).status == 200
             assert (await get(client, "/livez")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("head", "more", "priority"),
+    [
+        ([], {}, None),
+        ([], {"priority": "batch"}, "batch"),
+        (["X-Priority: interactive"], {}, "interactive"),
+        (["x-priority: -1"], {"priority": 7}, "interactive"),
+    ],
+)
+async def test_the_class_that_a_request_asks_for(
+    head: list[str], more: dict[str, Any], priority: str | None
+) -> None:
+    async with running() as house:
+        assert (await ask(house, *head, **more)).status == 200
+        assert house.scheduler.requests[-1].priority == priority
+
+
+async def test_the_sooner_of_two_deadlines_counts() -> None:
+    async with running() as house:
+        await ask(house, "X-Request-Deadline: 20", timeout=50)
+        assert 19 < (house.scheduler.requests[-1].timeout or 0) <= 20
+        await ask(house, "x-request-deadline: 20", timeout=5)
+        assert house.scheduler.requests[-1].timeout == 5
+        await ask(house)
+        assert house.scheduler.requests[-1].timeout is None
+
+
+async def test_headers_that_are_wrong_are_refused_before_the_body() -> None:
+    async with running() as house, connected(house) as client:
+        for head in ("x-request-deadline: tomorrow", "x-priority: first"):
+            reply = await ask(house, head)
+            assert reply.status == 400
+            assert json.loads(reply.body)["error"]["param"] == head.partition(":")[0]
+        with trio.fail_after(10):
+            await client.post(b"", "/v1/chat/completions", "x-priority: first", length=100)
+            assert (await client.head()).status == 400
+        assert not house.scheduler.jobs
+
+
+async def test_a_body_that_comes_after_the_deadline() -> None:
+    async with running() as house, connected(house) as client:
+        with trio.fail_after(10):
+            await client.post(b"{", "/v1/chat/completions", "x-request-deadline: 0.1", length=100)
+            reply = await client.head()
+        assert reply.status == 504
+        assert reply.headers["x-should-retry"] == "false"
+        await house.scheduler.until(admitted=0)
+
+
+async def test_one_client_too_many_gets_429() -> None:
+    hold = trio.Event()
+
+    async def wait(job: Job) -> None:
+        await hold.wait()
+        job.finish("stop")
+
+    plain = settings()
+    chosen = replace(plain, queue=replace(plain.queue, max_jobs_per_client=1))
+    async with running(chosen, wait) as house, connected(house) as client:
+        with trio.fail_after(10):
+            await client.post(body())
+            await house.scheduler.until(admitted=1, submitted=1)
+            reply = await ask(house)
+            assert reply.status == 429
+            assert json.loads(reply.body)["error"]["code"] == "rate_limit_exceeded"
+            assert 1 <= int(reply.headers["retry-after"]) <= 120
+            hold.set()
+            assert (await client.reply()).status == 200

@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from rkvlmd.actors.job import Job
+from rkvlmd.actors.metrics import Metrics
 from rkvlmd.actors.slots import Gate, Slot
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.front.http.serve import serve_http
@@ -153,6 +154,7 @@ class FakeHouse:
     stopping: bool = False
     stop: trio.Event = field(default_factory=trio.Event)
     stopped: trio.Event = field(default_factory=trio.Event)
+    metrics: Metrics = field(default_factory=Metrics)
     scheduler: FakeScheduler = None  # type: ignore[assignment]
 
     @property

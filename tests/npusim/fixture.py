@@ -14,8 +14,10 @@ QUICK = {
     "NPUSIM_PREFILL_MS": "0.001",
     "NPUSIM_DECODE_MS": "0.05",
     "NPUSIM_ENCODE_MS": "1",
+    "NPUSIM_ENCODER_LOAD_MS": "1",
 }
-ALL = "NPUSIM_"
+#: Where ``rknnlite`` is.
+PYTHON = Path(__file__).parent / "python"
 
 
 @dataclass

@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tests.npusim.python.rknnlite.rows import number_of, rows_of
+
+__all__ = ["number_of", "rows_of"]
+
 #: The first 256 bytes of a model file (fact sheet 1.6).
 HEADER = struct.pack("<QQ", 0x4D4C4C52, 1) + bytes(240)
 QWEN = (
@@ -48,22 +52,34 @@ def _plain(value: Any) -> str:
     return str(value).replace("\\", "\\\\").replace("\n", "\\n")
 
 
-def rows_of(picture: int, tokens: int, embed: int, outputs: int = 1) -> npt.NDArray[np.float32]:
-    """Return the rows of a picture as the encoder stand-in makes them, marks included.
-
-    Shape (tokens, outputs x embed): row i holds the outputs of token i one
-    after the other. Each part begins with 7000 + output, the picture's number,
-    the row and a checksum over the rest.
-    """
-    rest = np.random.default_rng(picture).standard_normal(
-        (tokens, outputs, embed), dtype=np.float32
-    )
-    for row in range(tokens):
-        for output in range(outputs):
-            part = rest[row, output]
-            total = zlib.crc32(part[4:].tobytes()) & 0xFFFFFF
-            part[:4] = (7000 + output, picture & 0xFFFFFF, row, total)
-    return rest.reshape(tokens, outputs * embed)
+def rknn(
+    path: Path,
+    *,
+    width: int,
+    height: int,
+    tokens: int,
+    embed: int,
+    outputs: int = 1,
+    platform: str = "rk3588",
+    version: int = 6,
+    batched: bool = False,
+    body: int = 1000,
+) -> Path:
+    """Write a file for the encoder stand-in, laid out as the files of rknn-toolkit2 2.5.0."""
+    tree = {
+        "target_platform": [platform],
+        "version": "2.5.0",
+        "input_num": 1,
+        "output_num": outputs,
+        "npusim": {
+            "width": width, "height": height, "tokens": tokens, "embed": embed,
+            "outputs": outputs, "batched": batched,
+        },
+    }  # fmt: skip
+    text = json.dumps(tree).encode()
+    head = b"RKNN\0\0\0\0" + struct.pack("<QQ", version, body)
+    path.write_bytes(head.ljust(64, b"\0") + bytes(body) + struct.pack("<Q", len(text)) + text)
+    return path
 
 
 def sum_of(rows: npt.NDArray[np.float32]) -> str:

@@ -273,7 +273,7 @@ def test_a_wrong_order_for_the_role() -> None:
         assert process.wait() == loop.EX_SOFTWARE
 
 
-@pytest.mark.parametrize(("role", "engine"), [("encoder", "rknn"), ("decoder", "rkllm")])
+@pytest.mark.parametrize(("role", "engine"), [("encoder", "rknn"), ("decoder", "abacus")])
 def test_an_engine_that_is_not_there(role: str, engine: str) -> None:
     with started(role) as process:
         process.hello()

@@ -46,6 +46,14 @@ async def test_answer_with_two_pictures(tmp_path: Path) -> None:
     assert Blob.live == 0
 
 
+async def test_the_space_before_an_answer_is_not_part_of_it(tmp_path: Path) -> None:
+    script = {"mode": "text", "text": " a  b"}
+    async with open_house(tmp_path, scripts=Scripts({}, script, {})) as house:
+        with trio.fail_after(30):
+            text, _ = await collect(submit(house, chat()))
+        assert text == "a  b"
+
+
 async def test_max_tokens_and_context(tmp_path: Path) -> None:
     async with open_house(tmp_path) as house:
         with trio.fail_after(30):
@@ -366,7 +374,9 @@ async def test_drain_refuses_waits_and_then_ends(tmp_path: Path) -> None:
 
 async def test_two_hundred_clients_that_leave(tmp_path: Path) -> None:
     async with open_house(
-        tmp_path, scripts=Scripts({}, {"rate": 400.0}, {}), queue={"max_jobs": 250}
+        tmp_path,
+        scripts=Scripts({}, {"rate": 400.0}, {}),
+        queue={"max_jobs": 250, "max_jobs_per_client": 0},
     ) as house:
         for job in [submit(house, chat(f"w{i}", pictures=1)) for i in range(8)]:
             await collect(job)  # both prep children are up now

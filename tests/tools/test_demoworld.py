@@ -285,7 +285,7 @@ def test_packed_segments_are_as_if_alone(tokenizer: tokens.Tokenizer) -> None:
     data = models.tensors(batch)
     with torch.no_grad():
         _, _, image = model.see(data["pixels"])
-        hidden = model.hidden(data, image)
+        _, hidden = model.hidden(data, image)
         logits = model.vlm.lm_head(hidden)
         order = sorted(groups, key=len, reverse=True)
         for g, group in enumerate(order):

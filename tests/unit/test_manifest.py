@@ -95,6 +95,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 FULL: dict[str, Any] = json.loads(json.dumps(manifest.to_builtins(parse(tree()))))
+FULL["decoder"]["embed_flash"] = True  # where the default is null, true would be right
 
 
 @pytest.mark.parametrize("path", places(FULL), ids=lambda p: ".".join(map(str, p)))

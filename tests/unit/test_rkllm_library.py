@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from rkvlmd.engine.rkllm_abi import V12, V130, V131, VERSIONS
 from rkvlmd.errors import RkvlmdError
 from tests.npusim import compiler
 
+#: Libraries are read so much at a time.
+CHUNK = 1 << 20
 BANNER = b"RKLLM SDK (version: %s | target: Linux | build: f8ca3ae8 2025-04-08 ...)"
 
 
@@ -22,9 +25,7 @@ def fake(tmp_path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("version", ["1.2.1", "1.3.0", "1.2.1b1", "1.2.0", "10.20.30", "1.3.1b12"])
-@pytest.mark.parametrize(
-    "before", [0, 1, lib._CHUNK - 30, lib._CHUNK - 21, lib._CHUNK - 1, 5 << 20]
-)
+@pytest.mark.parametrize("before", [0, 1, CHUNK - 30, CHUNK - 21, CHUNK - 1, 5 << 20])
 def test_the_version_is_read_from_the_bytes(tmp_path: Path, version: str, before: int) -> None:
     path = fake(tmp_path, bytes(before) + BANNER % version.encode() + bytes(1000))
     assert lib.read_version(path) == version
@@ -33,7 +34,7 @@ def test_the_version_is_read_from_the_bytes(tmp_path: Path, version: str, before
 def test_a_version_at_the_very_end_of_a_chunk(tmp_path: Path) -> None:
     # Cut after "1.2.1": with "b1" in the next chunk it is another version.
     text = b"RKLLM SDK (version: 1.2.1"
-    head = bytes(lib._CHUNK - len(text)) + text
+    head = bytes(CHUNK - len(text)) + text
     assert lib.read_version(fake(tmp_path, head)) == "1.2.1"
     assert lib.read_version(fake(tmp_path, head + b"b1 |")) == "1.2.1b1"
     assert lib.read_version(fake(tmp_path, head + b"2 |")) == "1.2.12"
@@ -45,7 +46,6 @@ def test_a_version_at_the_very_end_of_a_chunk(tmp_path: Path) -> None:
         (b"nothing here", "does not say which version"),
         (b"RKLLM SDK (version: %s", "does not say which version"),
         (b"", "does not say which version"),
-        (b"rknn llm lib version: 1.0.1", "version 1.0.1, older than"),
         (BANNER % b"1.2.3" + BANNER % b"1.3.0", "more than one version: 1.2.3, 1.3.0"),
     ],
 )
@@ -54,6 +54,11 @@ def test_files_that_say_no_version(tmp_path: Path, content: bytes, says: str) ->
         lib.read_version(fake(tmp_path, content))
     assert "npu.library" in caught.value.message
     assert str(tmp_path) not in caught.value.message
+
+
+def test_a_very_old_library(tmp_path: Path) -> None:
+    path = fake(tmp_path, b"rknn llm lib version: 1.0.1")
+    assert lib.read_version(path) == "1.0.1"
 
 
 def test_a_version_said_twice_is_one(tmp_path: Path) -> None:
@@ -65,7 +70,9 @@ def test_each_version_has_its_layout() -> None:
     assert [lib.choose(v) for v in VERSIONS] == [V12, V12, V12, V130, V131]
 
 
-@pytest.mark.parametrize("version", ["1.2.0", "1.2.1b1", "1.3.0b1", "1.3.2", "1.4.0", "2.0.0"])
+@pytest.mark.parametrize(
+    "version", ["1.0.1", "1.2.0", "1.2.1b1", "1.3.0b1", "1.3.2", "1.4.0", "2.0.0"]
+)
 def test_unknown_versions_are_refused(version: str) -> None:
     with pytest.raises(RkvlmdError) as caught:
         lib.choose(version)
@@ -96,8 +103,8 @@ def test_where_it_is_looked_for(
         found = tmp_path / name / "librkllmrt.so"
         found.touch()
         environ = {"LD_LIBRARY_PATH": f":{tmp_path / 'c'}"} if name == "c" else {}
-        assert lib.find("", environ) == found
-    assert lib.find(str(tmp_path / "b/librkllmrt.so"), {}) == tmp_path / "b/librkllmrt.so"
+        assert lib.find("", environ) == [found]
+    assert lib.find(str(tmp_path / "b/librkllmrt.so"), {}) == [tmp_path / "b/librkllmrt.so"]
     with pytest.raises(RkvlmdError, match=r"npu\.library: the file other\.so does not exist"):
         lib.find(str(tmp_path / "other.so"), {})
 
@@ -109,7 +116,7 @@ def elf(machine: int) -> bytes:
 
 
 def test_a_library_for_another_machine(tmp_path: Path) -> None:
-    ours = lib._machine(Path("/proc/self/exe"))
+    ours = platform.machine()
     other, name = (62, "x86_64") if ours == "aarch64" else (183, "aarch64")
     with pytest.raises(RkvlmdError, match=f"is built for {name}, but this Python .* {ours}"):
         lib.check_machine(fake(tmp_path, elf(other)))
@@ -156,6 +163,22 @@ def test_a_file_that_says_another_version_than_it_is(abi: str, says: str, like: 
     assert f"laid out like those of {like}" in caught.value.message
     assert "npu.layout" in caught.value.message
     assert lib.open_library(str(path), override=abi).layout is VERSIONS[abi]
+
+
+@pytest.mark.process
+def test_a_folder_of_several_versions(tmp_path: Path) -> None:
+    for version in ("1.2.3", "1.3.0", "1.3.1"):
+        (tmp_path / f"librkllmrt-{version}.so").symlink_to(compiler.library(version))
+    for wanted, version in (
+        (["1.2"], "1.2.3"), (["1.3.0"], "1.3.0"), ([], "1.3.1"), (["1.2", "1.3"], "1.3.1"),
+    ):  # fmt: skip
+        assert lib.open_library(str(tmp_path), wanted=wanted).version == version
+    with pytest.raises(RkvlmdError) as caught:
+        lib.open_library(str(tmp_path), wanted=["1.4"])
+    assert "works with 1.4, but librkllmrt-1.3.1.so is 1.3.1, " in caught.value.message
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RkvlmdError, match="no library in the folder empty"):
+        lib.open_library(str(tmp_path / "empty"))
 
 
 @pytest.mark.process

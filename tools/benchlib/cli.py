@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rkvlmd.ctl.client import CtlError
+
 from . import first_token, idle, jpeg, machine, token_latency
 from .figures import BenchError, Figure, table
 
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: {name} ...", file=sys.stderr, flush=True)
         try:
             figures = MEASURES[name][0](args)
-        except (BenchError, ImportError) as exc:
+        except (BenchError, CtlError, ImportError) as exc:
             report["missing"][name] = str(exc)
         else:
             report["figures"] += [figure.as_json() for figure in figures]

@@ -44,7 +44,9 @@ def run(*, tokens: int = TOKENS, waiting: int = WAITING, runs: int = RUNS) -> li
     said = tokens + RATE * _ADMISSION_SECONDS
     settings = (
         f"[http]\nping_seconds = {_PING_SECONDS}\n"
-        f"[queue]\nmax_jobs = {waiting + 8}\nstop_seconds = 1\n"
+        # All clients have one address here, and nobody is to be refused.
+        f"[queue]\nmax_jobs = {waiting + 8}\nmax_jobs_per_client = 0\n"
+        "refuse_late = false\nstop_seconds = 1\n"
         "[models]\ndemo = false\n"
     )
     script = json.dumps({"mode": "clock", "rate": RATE, "tokens": said})

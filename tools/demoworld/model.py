@@ -13,9 +13,11 @@ from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGenera
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from demoworld.draw import SIDE
+from demoworld.pack import ABOUT_HEADS
 from demoworld.stream import HALF_HEADS, LOOK, PATCH, PATCH_HEADS, SIDE_PATCHES, TOKEN_HEADS, Batch
 from demoworld.tokens import END_ID, IMAGE_ID, PAD_ID, START_ID
 
+ABOUT_WEIGHT = 1.5
 NONE_WEIGHT = 0.06  # of the class "none" in the auxiliary heads
 
 
@@ -78,6 +80,9 @@ class Trainee(nn.Module):
         )
         self.half_heads = nn.ModuleDict(
             {k: nn.Linear(text.hidden_size, n) for k, n in HALF_HEADS.items()}
+        )
+        self.about_heads = nn.ModuleDict(
+            {k: nn.Linear(text.hidden_size, n) for k, n in ABOUT_HEADS.items()}
         )
         self.ink_head = nn.Linear(vision.hidden_size, PATCH * PATCH)
         self.box_head = nn.Linear(vision.hidden_size, 4)
@@ -145,22 +150,25 @@ class Trainee(nn.Module):
         h = core.post_layernorm(h)
         return early, h, self.vlm.model.connector(h)
 
-    def hidden(self, batch: dict[str, Tensor], image: Tensor) -> Tensor:
-        """The text model's last hidden states for packed rows."""
+    def hidden(self, batch: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
+        """The text model's hidden states for packed rows: before its last layer, and last."""
         text = self.vlm.model.text_model
         embedded = text.embed_tokens(batch["ids"])
         where = batch["picture"] >= 0
         embedded = embedded.masked_scatter(
             where[..., None], image[batch["picture"][where], batch["patch"][where]]
         )
-        out = text(
-            inputs_embeds=embedded,
-            attention_mask=batch["mask"],
-            position_ids=batch["positions"],
-            use_cache=False,
-        )
-        last: Tensor = out.last_hidden_state
-        return last
+        rotary = text.rotary_emb(embedded, position_ids=batch["positions"])
+        h = before = embedded
+        for layer in text.layers:
+            before = h
+            h = layer(
+                h,
+                attention_mask=batch["mask"],
+                position_ids=batch["positions"],
+                position_embeddings=rotary,
+            )
+        return before, text.norm(h)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The answers' loss, the auxiliary losses and the logits at the targets."""
@@ -168,7 +176,8 @@ class Trainee(nn.Module):
             early, patches, image = self.see(batch["pixels"])
             patches, image = patches.float(), image.float()
             talks = len(batch["ids"]) > 0
-            hidden = self.hidden(batch, image).float() if talks else image
+            before, hidden = self.hidden(batch, image) if talks else (image, image)
+            before, hidden = before.float(), hidden.float()
         ink = self.ink_head(early[1].float())
         aux = {"ink": F.binary_cross_entropy_with_logits(ink, batch["ink"]) * 2}
         known = ~batch["boxes"][..., 0].isnan()
@@ -192,8 +201,14 @@ class Trainee(nn.Module):
         if not talks:
             return image.sum() * 0, aux, image
         wanted = batch["targets"] >= 0
+        about = F.rms_norm(before[wanted], before.shape[-1:])
+        for i, (name, head) in enumerate(self.about_heads.items()):
+            aux[name] = _weighted(head(about), batch["about"][wanted][:, i], False) * ABOUT_WEIGHT
         logits = self.vlm.lm_head(hidden[wanted])
-        return F.cross_entropy(logits, batch["targets"][wanted]), aux, logits
+        losses = F.cross_entropy(logits, batch["targets"][wanted], reduction="none")
+        turn = batch["turn"][wanted]
+        weight = turn.bincount().float().pow(-0.5)[turn]  # short answers count for more
+        return (losses * weight).sum() / weight.sum(), aux, logits
 
 
 def patches_of(pixels: Tensor) -> Tensor:
@@ -215,7 +230,7 @@ def place_waves(side: int, width: int) -> Tensor:
 
 
 def _weighted(logits: Tensor, labels: Tensor, has_none: bool) -> Tensor:
-    logits, labels = logits.flatten(0, 1), labels.flatten()
+    logits, labels = logits.flatten(0, -2), labels.flatten()
     if not (labels >= 0).any():
         return logits.sum() * 0
     weight = None
@@ -235,6 +250,8 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
         "positions": torch.from_numpy(rows.positions),
         "picture": torch.from_numpy(rows.picture),
         "patch": torch.from_numpy(rows.patch),
+        "about": torch.from_numpy(rows.about),
+        "turn": torch.from_numpy(rows.turn),
     }
     allowed = torch.from_numpy(rows.mask())
     allowed |= torch.eye(allowed.shape[-1], dtype=torch.bool)
@@ -258,6 +275,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Sequence[Tensor], lr: float, decay: float = 0.02) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.95, "decay": decay})
+        self.slow: set[int] = set()  # ids of parameters that move by ``slowness`` only
+        self.slowness = 1.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -279,6 +298,8 @@ class Muon(torch.optim.Optimizer):
                     updates.append(torch.lerp(gradient, buffer, group["momentum"]))
                 turned = orthogonal(torch.stack(updates))
                 scale = 0.2 * math.sqrt(max(shape))
+                if id(params[0]) in self.slow:  # parameters of one shape are of one part
+                    scale *= self.slowness
                 for p, update in zip(params, turned, strict=True):
                     p.mul_(1 - group["lr"] * group["decay"])
                     p.add_(update, alpha=-group["lr"] * scale)
@@ -314,4 +335,7 @@ def optimisers(model: Trainee, lr: float) -> list[torch.optim.Optimizer]:
         betas=(0.9, 0.98),
         eps=1e-9,
     )
-    return [Muon(matrices, 2 * lr), adam]
+    muon = Muon(matrices, 2 * lr)
+    seeing = model.vlm.model.vision_model.encoder.parameters()
+    muon.slow = {id(p) for p in seeing}
+    return [muon, adam]

@@ -14,10 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from demoworld.questions import Turn
+from demoworld.scene import COLOURS, SHAPES, SIZES, Obj
 from demoworld.tokens import END_ID, FAKE_ID, GLOBAL_ID, IMAGE_ID, PAD_ID, START_ID, Encoder
 from demoworld.wording import SYSTEMS
 
 IMAGE_TOKENS = 64
+# What an answer's token speaks of: name -> number of classes.
+ABOUT_HEADS = {
+    "about_cell": 9,
+    "about_colour": len(COLOURS),
+    "about_shape": len(SHAPES),
+    "about_size": len(SIZES),
+}
 Ints = npt.NDArray[np.int64]
 LEADS = (
     "Look at this.",
@@ -32,12 +40,16 @@ LEADS = (
 
 @dataclass
 class Piece:
-    """Some tokens; ``picture`` is the index of the picture that image tokens belong to."""
+    """Some tokens; ``picture`` is the index of the picture that image tokens belong to.
+
+    ``about`` tells for each token of an answer which object it speaks of (see ABOUT_HEADS).
+    """
 
     ids: list[int]
     answer: bool = False
     picture: int = -1
     skill: str = ""
+    about: list[tuple[int, ...]] = field(default_factory=list)
 
 
 @dataclass
@@ -61,10 +73,35 @@ def picture_pieces(pictures: list[int]) -> list[Piece]:
     return pieces
 
 
+def _facts(obj: Obj | None) -> tuple[int, ...]:
+    if obj is None:
+        return (-100,) * len(ABOUT_HEADS)
+    return (
+        obj.cell,
+        COLOURS.index(obj.colour),
+        SHAPES.index(obj.shape),
+        SIZES.index(obj.size),
+    )
+
+
+def _about(encode: Encoder, turn: Turn, ids: list[int]) -> list[tuple[int, ...]]:
+    """For each token of an answer, the object that it speaks of."""
+    if len(turn.parts) < 2:
+        return [_facts(turn.topic)] * len(ids)
+    breaks = {encode(",")[0], encode(" and")[0]}
+    about, part = [], 0
+    for token in ids:
+        if token in breaks and part + 1 < len(turn.parts):
+            part += 1
+        about.append(_facts(turn.parts[part]))
+    return about
+
+
 def _answer(encode: Encoder, turn: Turn) -> list[Piece]:
+    ids = [*encode(" " + turn.answer), END_ID]
     return [
         Piece([END_ID, *encode("\nAssistant:")]),
-        Piece([*encode(" " + turn.answer), END_ID], answer=True, skill=turn.skill),
+        Piece(ids, answer=True, skill=turn.skill, about=_about(encode, turn, ids)),
     ]
 
 
@@ -131,6 +168,7 @@ class Rows:
     patch: Ints  # which of the picture's image tokens
     turn: Ints  # which answer a target belongs to, -1 where there is no target
     skills: list[str]  # of the answers
+    about: Ints  # (rows, length, heads): what a target speaks of, else -100
 
     def mask(self) -> npt.NDArray[np.bool_]:
         """Who attends to whom, of shape (rows, 1, length, length)."""
@@ -161,7 +199,8 @@ def lay_out(groups: list[Group], length: int) -> tuple[Rows, int]:
             room.append(length - need)
     shape = (len(bins), length)
     full = [np.full(shape, v, np.int64) for v in (PAD_ID, -100, 0, -1, 0, -1, 0, -1)]
-    rows = Rows(full[0], full[1], full[2], full[3], full[4], full[5], full[6], full[7], [])
+    about = np.full((*shape, len(ABOUT_HEADS)), -100, np.int64)
+    rows = Rows(full[0], full[1], full[2], full[3], full[4], full[5], full[6], full[7], [], about)
     for r, groups_of_row in enumerate(bins):
         at = 0
         for g, group in enumerate(groups_of_row):
@@ -182,6 +221,7 @@ def lay_out(groups: list[Group], length: int) -> tuple[Rows, int]:
                         rows.targets[r, at - 1 : at + n - 1] = piece.ids
                         rows.turn[r, at - 1 : at + n - 1] = len(rows.skills)
                         rows.skills.append(piece.skill)
+                        rows.about[r, at - 1 : at + n - 1] = piece.about
                     at += n
                     position += n
     return rows, sum(len(g) for g in groups)

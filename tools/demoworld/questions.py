@@ -18,15 +18,15 @@ SEND = "Please send me a picture."
 # The skills of a single picture with their share of the training questions.
 SINGLE_SKILLS = {
     "caption": 1.0,
-    "count": 1.0,
-    "exists": 1.0,
+    "count": 1.5,
+    "exists": 1.5,
     "colour": 1.0,
-    "shape": 0.8,
-    "at": 0.5,
+    "shape": 0.9,
+    "at": 0.4,
     "where": 1.0,
-    "size": 0.5,
-    "read": 0.3,
-    "any_text": 0.15,
+    "size": 0.4,
+    "read": 0.15,
+    "any_text": 0.1,
 }
 
 
@@ -38,6 +38,7 @@ class Turn:
     answer: str
     skill: str
     topic: Obj | None = None
+    parts: tuple[Obj | None, ...] = ()  # what the parts of a caption are about
 
 
 def join(parts: list[str]) -> str:
@@ -296,7 +297,8 @@ def ask(rng: random.Random, scene: Scene, skill: str, inside: str = "", nth: str
     if skill == "caption":
         topic = scene.objects[0] if len(scene.objects) == 1 and not scene.text else None
         question = word(rng, "caption_nth", nth=nth) if nth else word(rng, "caption")
-        return Turn(question, caption(scene), "caption", topic)
+        parts = (*scene.objects, None) if scene.text else scene.objects
+        return Turn(question, caption(scene), "caption", topic, parts)
     if skill == "read":
         return Turn(word(rng, "read", inside), reading(scene), "read")
     if skill == "any_text":

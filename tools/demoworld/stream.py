@@ -77,12 +77,12 @@ class Batch:
 class Mix:
     """What the stream holds at one point of the curriculum."""
 
-    objects: tuple[float, ...] = (0.18, 0.2, 0.22, 0.24, 0.1, 0.06)
-    text: float = 0.25
+    objects: tuple[float, ...] = (0.2, 0.22, 0.25, 0.26, 0.05, 0.02)
+    text: float = 0.22
     longest: int = LONGEST
     nothing: float = 0.05
     both: float = 0.05  # shapes and text
-    pairs: float = 0.14
+    pairs: float = 0.11
     room: int = 210  # tokens of conversation about one picture
     talk: float = 1.0  # share of the batches that have conversations
 
@@ -97,6 +97,12 @@ def curriculum(progress: float) -> Mix:
         return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.5, 3, 0.03, 0.03, 0.04, 100, 0.15)
     if progress < 0.38:  # seeing is the hard part: few questions, many pictures
         return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.45, LONGEST, 0.03, 0.03, 0.04, 110, 0.4)
+    if progress < 0.52:  # questions about few things, until the answers follow the picture
+        return Mix((0.34, 0.36, 0.2, 0.1), 0.25, 4, 0.04, 0.03, 0.08)
+    if progress < 0.6:
+        return Mix((0.22, 0.28, 0.25, 0.2, 0.05), 0.25, 5, 0.04, 0.04, 0.1)
+    if progress < 0.8:
+        return Mix((0.24, 0.26, 0.25, 0.22, 0.03), 0.17, LONGEST, 0.04, 0.04, 0.07)
     return Mix()
 
 

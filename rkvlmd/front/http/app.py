@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.front.http import metrics
 from rkvlmd.front.http.chat import DEFAULT_ALIAS, UnknownFields, chat
 from rkvlmd.front.http.exchange import ClientGoneError, Exchange
 from rkvlmd.wire import sse
@@ -50,6 +51,7 @@ class HttpApp:
             "/readyz": ready,
             "/health": ready,
             "/v1/health": ready,
+            "/metrics": Route(_LOOK, self._metrics),
             "/v1/models": Route(_LOOK, self._models),
             "/v1/chat/completions": Route(frozenset({"POST"}), self._chat),
         }
@@ -80,12 +82,15 @@ class HttpApp:
                 log.exception("request %s failed", exchange.request_id)
                 raise RkvlmdError("server_error", _BUG) from None
         except ClientGoneError:
-            log.debug("request %s: the client left", exchange.request_id)
+            # Once there is a job, its end tells the phase.
+            self._house.metrics.disconnects.add("body")
+            log.info("%s", _line(exchange, "client_gone", 499))
         except RkvlmdError as error:
             await self._fail(exchange, error)
 
     async def _fail(self, exchange: Exchange, error: RkvlmdError) -> None:
-        log.debug("request %s: %s", exchange.request_id, error.code)
+        self._house.metrics.error(error.code)
+        log.info("%s", _line(exchange, error.code, error.status))
         try:
             if exchange.started:
                 await exchange.finish(sse.event(error_body(error)))
@@ -136,6 +141,10 @@ class HttpApp:
             name = None
         await _json(exchange, 200, model_card(self._house.residency.model(name)))
 
+    async def _metrics(self, exchange: Exchange) -> None:
+        text = metrics.render(self._house, self.unknown.total)
+        await exchange.respond(200, text, [(b"content-type", metrics.CONTENT_TYPE)])
+
     async def _live(self, exchange: Exchange) -> None:
         await _json(exchange, 200, {"status": "ok"})
 
@@ -145,6 +154,14 @@ class HttpApp:
         if not self._house.residency.ready():
             raise RkvlmdError("model_not_loaded", "No model can serve now.")
         await _json(exchange, 200, {"status": "ok"})
+
+
+def _line(exchange: Exchange, code: str, status: int) -> str:
+    """One line for a request that did not become a job; those that did have one of their own."""
+    return (
+        f"request {exchange.request_id} client={exchange.client} method={exchange.method}"
+        f" code={code} status={status}"
+    )
 
 
 async def _json(exchange: Exchange, status: int, value: Any) -> None:

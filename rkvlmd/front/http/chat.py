@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from typing import TYPE_CHECKING
 
 import trio
 
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.wire import sse
+from rkvlmd.wire import sse, urgency
 from rkvlmd.wire.openai import Answer, error_body, parse_chat
 from rkvlmd.wire.outcome import Outcome, Sent, outcome
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rkvlmd.actors.house import House
     from rkvlmd.actors.job import Job
     from rkvlmd.front.http.exchange import Exchange
-    from rkvlmd.messages import ChatRequest
+    from rkvlmd.messages import ChatRequest, Priority
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,11 @@ class UnknownFields:
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.total = 0
 
     def add(self, names: tuple[str, ...]) -> None:
-        """Count the names of one request; names beyond ``MOST`` are dropped."""
+        """Count the names of one request; those beyond ``MOST`` count in ``total`` alone."""
+        self.total += len(names)
         for name in names:
             if name in self.counts:
                 self.counts[name] += 1
@@ -60,15 +63,19 @@ async def chat(exchange: Exchange, house: House, unknown: UnknownFields) -> None
 
     """
     _check_media_type(exchange)
+    asked = urgency.priority_header(exchange.headers.get(urgency.PRIORITY_HEADER.encode()))
+    seconds = urgency.deadline_header(exchange.headers.get(urgency.DEADLINE_HEADER.encode()))
+    deadline = math.inf if seconds is None else exchange.arrived + seconds
     most = house.settings.http.max_body_bytes
     # Before the body: what is refused here costs no memory.
     size = most if exchange.content_length is None else min(exchange.content_length, most)
     slot = house.scheduler.reserve(exchange.client, size)
     try:
-        body = await exchange.read_body()
+        body = await _body(exchange, deadline)
         slot.resize(len(body))
         request = _resolve_default(parse_chat(body, house.settings), house)
         del body
+        request = _hurry(request, asked, deadline - trio.current_time())
         unknown.add(request.unknown)
         exchange.listen()
         job = house.scheduler.submit(slot, request, request_id=exchange.request_id)
@@ -82,6 +89,30 @@ async def chat(exchange: Exchange, house: House, unknown: UnknownFields) -> None
             await _whole(exchange, house, job)
     finally:
         job.abandon("client_gone")
+
+
+async def _body(exchange: Exchange, deadline: float) -> bytes:
+    with trio.CancelScope(deadline=deadline):
+        return await exchange.read_body()
+    raise _late()
+
+
+def _late() -> RkvlmdError:
+    return RkvlmdError(
+        "deadline_exceeded",
+        "The request had not arrived before its deadline.",
+        param=urgency.DEADLINE_HEADER,
+        should_retry=False,
+    )
+
+
+def _hurry(request: ChatRequest, asked: Priority | None, left: float) -> ChatRequest:
+    """Return the request with what its headers say of its class and its deadline."""
+    if left <= 0:
+        raise _late()
+    if left < (math.inf if request.timeout is None else request.timeout):
+        request = dataclasses.replace(request, timeout=left)
+    return request if asked is None else dataclasses.replace(request, priority=asked)
 
 
 def _check_media_type(exchange: Exchange) -> None:

@@ -46,6 +46,7 @@ class Exchange:
         nursery: trio.Nursery,
         http: HttpSettings,
     ) -> None:
+        self.arrived = trio.current_time()
         self.scope = trio.CancelScope()
         self.method = request["method"]
         self.path = request["path"]

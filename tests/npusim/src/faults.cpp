@@ -1,11 +1,12 @@
 // Faults on demand.
 //
-// NPUSIM_FAULT is a list of KIND@PLACE[:after=TOKENS][:times=N][:every=N], separated by ";".
+// NPUSIM_FAULT is a list of KIND@PLACE[:after=TOKENS][:times=N][:every=N][:skip=N], separated by
+// ";".
 // Places: init, prefill, decode (here), load, encode (the encoder stand-in). Kinds: segv, hang,
 // and what the place itself does with any other word: fail, error, oom, zero, platform, empty.
 // NPUSIM_FAULT_FILE names a file that counts how often each place was reached and each fault was
 // done, so that "times" and "every" hold over processes; without it each process counts for
-// itself. "every=10" strikes at every tenth visit of the place.
+// itself. "every=10" strikes at every tenth visit of the place, "skip=1" not at the first.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -69,7 +70,11 @@ std::string fault(const std::string &place, long tokens) {
         if (where != place || tokens != option(entry, "after", 0)) continue;
         std::string name = std::to_string(index) + "." + kind + "." + where;
         long every = option(entry, "every", 0);
-        if (every > 0 && (count(name + ".visits") + 1) % every != 0) continue;
+        long skip = option(entry, "skip", 0);
+        if (every > 0 || skip > 0) {
+            long visit = count(name + ".visits") + 1;
+            if (visit <= skip || (every > 0 && visit % every != 0)) continue;
+        }
         if (count(name) >= option(entry, "times", every > 0 ? 1L << 30 : 1)) continue;
         trace("fault", {{"kind", kind}, {"place", place}});
         if (kind == "segv") {

@@ -1,0 +1,1 @@
+"""Stands in for rknn-toolkit-lite2 in the simulated board."""
