@@ -186,6 +186,8 @@ class ModelView:
     """One line of ``rkvlmctl models`` and one card of ``/v1/models``.
 
     ``progress`` is 0..1 while loading. ``detail`` says why a model failed.
+    ``adapters`` are offered as ``NAME:ADAPTER``; the view of one of those has
+    the model's name as ``parent``.
     """
 
     name: str
@@ -201,3 +203,5 @@ class ModelView:
     held: bool = False
     default: bool = False
     engines: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    parent: str = ""

@@ -62,9 +62,9 @@ class Job:
 
     ``checked`` is set when every check of the input is done (pictures decoded,
     prompt counted) or when the job has ended: from then on the front may
-    choose a status. ``model`` is the name that the request resolved to,
-    ``rank`` its class in the queue, 0 the best. ``text_bytes`` are held for
-    the text as long as the job lives.
+    choose a status. ``model`` is the name that the request resolved to, with
+    ``adapter`` or none, ``rank`` its class in the queue, 0 the best.
+    ``text_bytes`` are held for the text as long as the job lives.
     ``estimated``: nobody could count the prompt. ``ignored`` names the
     parameters that had no effect. ``seconds`` holds the time of each stage, by
     the names of ``messages.Timings``; ``leased``, ``first_token`` and
@@ -78,6 +78,7 @@ class Job:
     deadline: float
     submitted: float
     model: str = ""
+    adapter: str = ""
     rank: int = NORMAL
     text_bytes: int = 0
     phase: Phase = "admitted"

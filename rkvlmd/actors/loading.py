@@ -243,7 +243,9 @@ class Loader:
                 RkvlmdError("model_failed", "The load took too long."),
             ) from exc
         except RkvlmdError as exc:
-            raise LoadError(f"{part.name}: {exc.message}", exc) from exc
+            # What a library printed is nowhere else: the child leaves with it.
+            printed = f": {child.last_words[-500:]}" if child.last_words else ""
+            raise LoadError(f"{part.name}: {exc.message}{printed}", exc) from exc
         part.info = {**(child.hello.libraries if child.hello else {}), **ready.info}
         part.ready = True
         part.fraction = 1.0

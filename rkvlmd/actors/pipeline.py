@@ -260,6 +260,7 @@ def _order(
         tokens=prompt.tokens,
         prompt=prompt.text,
         count=prompt.count,
+        adapter=job.adapter,
         spans=[
             wire.Span(start=start, count=count, key=pictures[index].key)
             for start, count, index in prompt.spans

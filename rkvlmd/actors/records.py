@@ -86,4 +86,5 @@ class Record:
             held=self.held,
             default=default,
             engines=engines,
+            adapters=tuple(adapter.name for adapter in manifest.decoder.adapters),
         )

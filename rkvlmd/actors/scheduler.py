@@ -83,7 +83,8 @@ class Scheduler:
         """
         if self._draining or self._jobs is None:
             raise self.gate.stopping()
-        model = self._tools.residency.model(request.model).name
+        view = self._tools.residency.model(request.model)
+        model = view.parent or view.name
         self._tools.residency.admit(model)
         now = trio.current_time()
         seconds = self._settings.queue.job_seconds
@@ -101,6 +102,7 @@ class Scheduler:
             deadline=now + seconds,
             submitted=now,
             model=model,
+            adapter=view.name.removeprefix(f"{model}:") if view.parent else "",
             rank=rank,
             text_bytes=max(0, slot.size - sum(len(p.data) for p in request.pictures)),
             ignored=request.ignored,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -33,14 +34,17 @@ class ModelTable:
         return [r.view(default=r is default) for r in self._records.values()]
 
     def model(self, name: str | None) -> ModelView:
-        """Return one model; ``None`` and ``default`` mean the default one.
+        """Return one model, or one with an adapter; ``None`` and ``default`` mean the default one.
 
         Raises:
           RkvlmdError: ``model_not_found``.
 
         """
         record = self._record(name)
-        return record.view(default=record is self._default())
+        view = record.view(default=record is self._default())
+        if name in (None, "", "default", view.name):
+            return view
+        return replace(view, name=name, parent=view.name, default=False, adapters=())
 
     def entry(self, name: str) -> Entry:
         """Return what the catalogue says about a model that exists."""
@@ -102,7 +106,7 @@ class ModelTable:
         return next(iter(own or self._records.values()), None)
 
     def _record(self, name: str | None) -> Record:
-        record = self._default() if name in (None, "", "default") else self._records.get(name or "")
+        record = self._default() if name in (None, "", "default") else self._named(name or "")
         if record is None:
             raise RkvlmdError(
                 "model_not_found",
@@ -110,6 +114,15 @@ class ModelTable:
                 param="model",
             )
         return record
+
+    def _named(self, name: str) -> Record | None:
+        """Return the record of ``MODEL`` or ``MODEL:ADAPTER``."""
+        base, _, adapter = name.partition(":")
+        record = self._records.get(base)
+        if record is None or not adapter:
+            return record if base == name else None
+        known = {a.name for a in record.entry.manifest.decoder.adapters}
+        return record if adapter in known else None
 
     def admit(self, name: str) -> None:
         """Say at once what makes a request for this model pointless.

@@ -21,6 +21,8 @@ _FILTERS = {
 }
 #: The fast path first shrinks by whole factors to no less than this many times the target.
 GAP = 2.0
+#: How far Pillow may reduce by whole numbers before it resamples, in target sizes.
+REDUCE_GAP = 1.5
 
 
 def to_input(image: Image.Image, encoder: Encoder, *, exact: bool) -> npt.NDArray[Any]:
@@ -39,7 +41,7 @@ def to_pixels(image: Image.Image, encoder: Encoder, *, exact: bool) -> Pixels:
     resized = image.resize(
         (place.width, place.height),
         _FILTERS[encoder.resize.resample],
-        reducing_gap=None if exact else GAP,
+        reducing_gap=None if exact else REDUCE_GAP,
     )
     if encoder.resize.rule == "pad":
         sheet = Image.new("RGB", (encoder.width, encoder.height), encoder.resize.fill)

@@ -10,10 +10,19 @@ from typing import Any
 
 from rkvlmd.board import soc as socs
 from rkvlmd.board.root import Root
-from rkvlmd.engine import kv, rkllm_defects, rkllm_errors, rkllm_log, rkllm_probe, rkllm_sampling
+from rkvlmd.engine import (
+    kv,
+    rkllm_defects,
+    rkllm_errors,
+    rkllm_log,
+    rkllm_probe,
+    rkllm_prompts,
+    rkllm_sampling,
+)
 from rkvlmd.engine import rkllm_inputs as inputs
 from rkvlmd.engine.backend import Progress, Rows, Say
 from rkvlmd.engine.rkllm_answer import Answer
+from rkvlmd.engine.rkllm_embed import Table
 from rkvlmd.engine.rkllm_library import Library, open_library
 from rkvlmd.engine.rkllm_record import Parts, Record, parts
 from rkvlmd.engine.rkllm_session import (
@@ -51,6 +60,8 @@ class RkllmDecoder:
         self._session: Session
         self._manifest: manifests.Manifest
         self._tags = ImageTags()
+        self._table: Table | None = None
+        self._adapter = ""
 
     # --- load -------------------------------------------------------------------------
 
@@ -85,9 +96,13 @@ class RkllmDecoder:
         try:
             _compare(manifest, library, said.fields, override=bool(options.get("layout")))
             session.raw_template()
-            if manifest.encoders:
+            self._load_adapters(Path(order.folder))
+            if manifest.decoder.input == "embeddings":
+                self._table = Table(Path(order.folder), manifest)
+            elif manifest.encoders:
                 progress(0.9, "probing the cache")
                 self._told_apart = self._probe(options, library)
+            cached = self._load_prompt(options, library)
         except BaseException:
             self.close()
             raise
@@ -97,6 +112,8 @@ class RkllmDecoder:
             "context": manifest.decoder.context,
             "embedding": manifest.decoder.embedding,
             "iommu_domain": setup.domain,
+            "adapters": [adapter.name for adapter in manifest.decoder.adapters],
+            "prompt_cache": cached,
             "pictures_told_apart": self._told_apart,
             "sampling_per_request": library.layout.per_run,
             "defects": rkllm_defects.met(library.version, manifest.family),
@@ -152,6 +169,30 @@ class RkllmDecoder:
             rkllm_probe.remember(options.get("state", ""), key, told=told)
         return told
 
+    def _load_adapters(self, folder: Path) -> None:
+        for i, adapter in enumerate(self._manifest.decoder.adapters):
+            rc = self._session.load_lora(
+                adapter.name.encode(), folder / adapter.file, adapter.scale
+            )
+            if rc != 0:
+                raise RkvlmdError(
+                    "invalid_model",
+                    f"decoder.adapters[{i}].file: the RKLLM runtime cannot load"
+                    f" {Path(adapter.file).name}.",
+                )
+
+    def _load_prompt(self, options: dict[str, Any], library: Library) -> bool:
+        text = self._manifest.decoder.prompt_cache
+        if not text or self._has("no_prompt_cache"):
+            return False
+        key = rkllm_probe.key(library, self._manifest.decoder.files["model"].sha256)
+        return rkllm_prompts.load(self._session, text, options.get("state", ""), key)
+
+    def _has(self, defect: str) -> bool:
+        """Whether this library and model meet a known defect."""
+        version, family = self._session.library.version, self._manifest.family
+        return rkllm_defects.has(defect, version, family)
+
     # --- generate ---------------------------------------------------------------------
 
     def generate(self, order: child.Generate, rows: Sequence[Rows], say: Say) -> child.GenerateDone:
@@ -168,7 +209,16 @@ class RkllmDecoder:
         sampling, ignored = self._sampling(order)
         session = self._session
         value, block = self._input(order, rows)
-        infer = infer_param(session.library, sampling=sampling, max_new_tokens=order.max_tokens)
+        infer = infer_param(
+            session.library,
+            sampling=sampling,
+            max_new_tokens=order.max_tokens,
+            lora=order.adapter.encode() if order.adapter else None,
+        )
+        # What one adapter has computed is of no use to another.
+        if order.adapter != self._adapter or (self._table is not None and self._has("embed_cache")):
+            self._record.unknown()
+        self._adapter = order.adapter
         if self._record.must_clear(wanted, told_apart=self._told_apart):
             session.clear()
             self._record.cleared()
@@ -179,7 +229,7 @@ class RkllmDecoder:
             say,
             stop_ids=self._stop_ids,
             prompt=len(order.tokens) or order.count,
-            cached=kv.reusable(self._places, places) if self._reuses() else 0,
+            cached=0 if self._has("no_prefix_reuse") else kv.reusable(self._places, places),
             aborted=self._abort.is_set,
             abort=session.abort_inside,
             limits_itself=session.library.layout.per_run,
@@ -229,24 +279,26 @@ class RkllmDecoder:
             )
         if len(rows) != len(order.spans):
             raise RkvlmdError("engine_error", "Pictures and their places differ in number.")
-        version, family = self._session.library.version, self._manifest.family
-        if len(rows) > 1 and any(
-            rkllm_defects.has(name, version, family) for name in ("mixes_pictures", "one_picture")
-        ):
+        mixes = self._has("mixes_pictures") or self._has("one_picture")
+        if len(rows) > 1 and mixes and self._table is None:
             raise RkvlmdError(
                 "too_many_images",
-                f"Version {version} of the RKLLM runtime mixes up several pictures of this model;"
-                " send one.",
+                f"Version {self._session.library.version} of the RKLLM runtime mixes up several"
+                " pictures of this model; send one.",
                 param="messages",
             )
+        adapters = {adapter.name for adapter in self._manifest.decoder.adapters}
+        if order.adapter and order.adapter not in adapters:
+            raise RkvlmdError("model_not_found", "The model has no such adapter.", param="model")
         inputs.check_places(order.prompt.encode(), len(rows))
         return parts(order.prompt, [span.key for span in order.spans])
 
-    def _input(
-        self, order: child.Generate, rows: Sequence[Rows]
-    ) -> tuple[Any, inputs.Block | None]:
+    def _input(self, order: child.Generate, rows: Sequence[Rows]) -> tuple[Any, Any]:
         """Return the input, and the rows that must outlive the run."""
         layout, prompt = self._session.library.layout, order.prompt.encode()
+        if self._table is not None:
+            embeds = self._table(order.tokens, order.spans, rows)
+            return inputs.embed_input(layout, embeds), embeds
         if not rows:
             return inputs.prompt_input(layout, prompt), None
         encoder = self._manifest.encoders[0]
@@ -307,14 +359,8 @@ class RkllmDecoder:
             return None
         return max(0, prompt - answer.perf.prefill_tokens)
 
-    def _reuses(self) -> bool:
-        version, family = self._session.library.version, self._manifest.family
-        return not rkllm_defects.has("no_prefix_reuse", version, family)
-
     def _leaks(self) -> bool:
-        version, family = self._session.library.version, self._manifest.family
-        leaks = rkllm_defects.has("leaks", version, family)
-        return leaks and self._runs >= rkllm_defects.RECYCLE_RUNS
+        return self._has("leaks") and self._runs >= rkllm_defects.RECYCLE_RUNS
 
 
 def _compare(

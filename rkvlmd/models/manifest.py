@@ -82,6 +82,15 @@ class File(_Strict, frozen=True, kw_only=True):
     sha256: Digest
 
 
+class Adapter(_Strict, frozen=True, kw_only=True):
+    """A LoRA adapter of the decoder; a request chooses it as ``MODEL:NAME``."""
+
+    name: Name
+    file: str
+    sha256: Digest
+    scale: float = 1.0
+
+
 class Decoder(_Strict, frozen=True, kw_only=True):
     """A language decoder. ``files``: ``embed`` and ``decoder`` (ONNX), or ``model`` (RKLLM).
 
@@ -90,7 +99,12 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     that the file was converted for, ``runtime_versions`` that it works with
     (empty: any), ``cpu_mask`` one bit a CPU, ``n_keep`` positions that stay
     when the window shifts, ``embed_flash`` reads the embeddings from storage;
-    what is not given is the library's default.
+    what is not given is the library's default. ``prompt_cache`` is the text
+    with which prompts of this model begin, its template applied: it is
+    computed once and kept in the state folder. ``input`` ``embeddings`` gives
+    the library rows instead of text, for models whose positions allow it:
+    ``files`` then has ``embed``, an ``.npy`` of (vocabulary, embedding) in
+    float16 or float32, or in int8 with ``embed_scale``, float32 one a row.
     """
 
     engine: Literal["onnx", "rkllm"]
@@ -104,6 +118,9 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     cpu_mask: Positive | None = None
     n_keep: int | None = None
     embed_flash: bool | None = None
+    adapters: tuple[Adapter, ...] = ()
+    prompt_cache: str = ""
+    input: Literal["text", "embeddings"] = "text"
     lease: Lease = "cpu"
 
 
@@ -223,6 +240,15 @@ def _check_rkllm(m: Manifest) -> list[str]:
         problems.append(f"decoder.iommu_domain: must be at most {MAX_DOMAIN}")
     if decoder.context > MAX_RKLLM_CONTEXT:
         problems.append(f"decoder.context: must be at most {MAX_RKLLM_CONTEXT} for rkllm")
+    if len({adapter.name for adapter in decoder.adapters}) < len(decoder.adapters):
+        problems.append("decoder.adapters: two have the same name")
+    if decoder.adapters and decoder.prompt_cache:
+        problems.append("decoder.prompt_cache: would be wrong for decoder.adapters")
+    if decoder.input == "embeddings":
+        if "embed" not in decoder.files or m.tokenizer is None:
+            problems.append("decoder.input: embeddings need decoder.files.embed and a tokenizer")
+        if any(encoder.outputs > 1 for encoder in m.encoders) or decoder.prompt_cache:
+            problems.append("decoder.input: embeddings allow one output and no prompt_cache")
     return problems
 
 
@@ -233,6 +259,10 @@ def files(manifest: Manifest) -> dict[str, File]:
         for i, e in enumerate(manifest.encoders)
     }
     found |= {f"decoder.files.{k}": v for k, v in manifest.decoder.files.items()}
+    found |= {
+        f"decoder.adapters[{i}]": File(file=a.file, sha256=a.sha256)
+        for i, a in enumerate(manifest.decoder.adapters)
+    }
     if manifest.tokenizer is not None:
         found["tokenizer"] = manifest.tokenizer
     if manifest.template is not None:

@@ -115,13 +115,14 @@ class Generate(_Message, frozen=True, tag="generate", kw_only=True):
 
     For RKLLM, ``prompt`` is the conversation as text with ``<image>`` at each
     picture's place; without a tokenizer ``tokens`` is empty and ``count`` an
-    estimate of how many there are.
+    estimate of how many there are. ``adapter`` names one of the manifest's.
     """
 
     id: int
     tokens: list[int]
     prompt: str = ""
     count: Natural = 0
+    adapter: str = ""
     spans: list[Span] = []
     max_tokens: int
     stop: list[str] = []

@@ -150,7 +150,7 @@ def model_card(view: ModelView) -> dict[str, Any]:
         "created": view.created,
         "owned_by": "rkvlmd",
         "root": view.name,
-        "parent": None,
+        "parent": view.parent or None,
         "max_model_len": view.context,
         "aliases": ["default"] if view.default else [],
         "meta": {"n_ctx": view.context},
@@ -160,4 +160,12 @@ def model_card(view: ModelView) -> dict[str, Any]:
 
 def model_list(views: Iterable[ModelView]) -> dict[str, Any]:
     """Return the list of models."""
-    return {"object": "list", "data": [model_card(view) for view in views]}
+    cards = []
+    for view in views:
+        cards.append(model_card(view))
+        for adapter in view.adapters:
+            name = f"{view.name}:{adapter}"
+            cards.append(
+                model_card(dataclasses.replace(view, name=name, parent=view.name, default=False))
+            )
+    return {"object": "list", "data": cards}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -44,7 +46,15 @@ def board(sim: Sim) -> Iterator[Daemon]:
     where = sim.folder / "models"
     folders.write(where / "qwen3vl", outputs=4, decoder={"runtime_versions": ["1.3.0"]})
     folders.write(where / "qwen25vl", decoder={"runtime_versions": ["1.2.3"]})
-    folders.write(where / "text", vision=False, decoder={"runtime_versions": ["1.3"]})
+    models.rkllm(sim.folder / "pirate.rkllm")
+    text = folders.write(where / "text", vision=False)
+    (sim.folder / "pirate.rkllm").rename(text / "pirate.rkllm")
+    adapter = {"name": "pirate", "file": "pirate.rkllm",
+               "sha256": hashlib.sha256((text / "pirate.rkllm").read_bytes()).hexdigest()}  # fmt: skip
+    changes = {"runtime_versions": ["1.3"], "adapters": [adapter]}
+    (text / "rkvlm.json").write_text(
+        json.dumps(folders.manifest(text, vision=False, decoder=changes))
+    )
     config = f'[npu]\nlibrary = "{libraries}"\nsoc = "rk3588"\n[models]\ndemo = false\n'
     with running(sim.folder, where, config=config) as daemon:
         yield daemon
@@ -140,6 +150,23 @@ def test_text_alone_streamed(sim: Sim, board: Daemon) -> None:
     assert chunks[-1].usage.prompt_tokens == int(said["tokens"])
     with client(board) as api, pytest.raises(openai.BadRequestError, match="takes no pictures"):
         api.chat.completions.create(model="text", messages=question("x", png()))
+
+
+def test_an_adapter_is_a_model_of_its_own(sim: Sim, board: Daemon) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    with client(board) as api:
+        cards = {card.id: card for card in api.models.list()}
+        assert set(cards) == {"qwen3vl", "qwen25vl", "text", "text:pirate"}
+        assert cards["text:pirate"].to_dict()["parent"] == "text"
+        assert api.models.retrieve("text:pirate").id == "text:pirate"
+        with pytest.raises(openai.NotFoundError):
+            api.chat.completions.create(model="text:unheard", messages=messages)
+    for model, lora in (("text:pirate", "pirate"), ("text", ""), ("text:pirate", "pirate")):
+        said, done = ask(board, model, messages)
+        assert said.get("lora", "") == lora
+        assert done.model == model
+    # One model on the NPU, whatever its adapter.
+    assert len([e for e in sim.trace("init") if e["rc"] == 0]) == 1
 
 
 def test_models_are_swapped_under_load(sim: Sim, board: Daemon) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from rkvlmd.engine import rkllm_log, rkllm_probe
-from rkvlmd.engine.render import render_text
-from rkvlmd.engine.rkllm_decoder import RkllmDecoder
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.models import manifest as manifests
 from rkvlmd.wire import child
 from tests.npusim import compiler, folders, models
+from tests.npusim.bench import Bench
 from tests.npusim.fixture import Sim
+from tests.npusim.house import plug_in
 
 pytestmark = pytest.mark.process
 
@@ -39,100 +38,10 @@ SWITCHES = [
 ]
 
 
-#: What the end of a test closes: 1.2.1 holds one model in a process.
-OPEN: list[Bench] = []
-
-
 @pytest.fixture
 def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sim]:
-    made = Sim(tmp_path)
-    for name in list(os.environ):
-        if name.startswith("NPUSIM_"):
-            monkeypatch.delenv(name)
-    for name, value in made.environ.items():
-        monkeypatch.setenv(name, value)
-    yield made
-    while OPEN:
-        OPEN.pop().decoder.close()
-
-
-class Bench:
-    """A decoder, loaded, and the part of the daemon that renders and orders."""
-
-    def __init__(
-        self, sim: Sim, version: str, *, name: str = "m", options: Any = None, **folder: Any
-    ) -> None:
-        self.sim = sim
-        path = sim.folder / name
-        self.folder = path if path.exists() else folders.write(path, **folder)
-        tree = json.loads((self.folder / "rkvlm.json").read_text())
-        self.manifest = manifests.from_builtins(tree)
-        self.version = version
-        self.decoder = RkllmDecoder()
-        self.ready = self.decoder.load(
-            child.Load(
-                folder=str(self.folder),
-                manifest=manifests.to_builtins(self.manifest),
-                options={
-                    "library": str(compiler.library(version)), "soc": "rk3588",
-                    "state": str(sim.folder), **(options or {}),
-                },
-            ),
-            lambda *_: None,
-        )  # fmt: skip
-        OPEN.append(self)
-        self.said: list[Any] = []
-        self.pictures: list[int] = []
-
-    def order(self, turns: Sequence[Any], **more: Any) -> child.Generate:
-        """Render turns: text, pictures as numbers; a list alternates user and assistant."""
-        self.pictures = []
-        built = []
-        for i, turn in enumerate(turns):
-            found = []
-            for part in turn if isinstance(turn, tuple) else (turn,):
-                if isinstance(part, int):
-                    found.append({"picture": len(self.pictures)})
-                    self.pictures.append(part)
-                else:
-                    found.append({"text": part})
-            built.append({"role": ("user", "assistant")[i % 2], "parts": found})
-        counts = [folders.TOKENS] * len(self.pictures)
-        rendered = render_text(str(self.folder), self.manifest, built, counts)
-        spans = [
-            child.Span(start=s, count=c, key=f"picture {self.pictures[i]}")
-            for s, c, i in rendered.spans
-        ]
-        return child.Generate(
-            **{
-                "id": 1, "tokens": rendered.tokens, "prompt": rendered.text, "spans": spans,
-                "count": rendered.most, "max_tokens": 500, **more,
-            }
-        )  # fmt: skip
-
-    def rows(self) -> list[Any]:
-        outputs = self.manifest.encoders[0].outputs if self.manifest.encoders else 1
-        return [models.rows_of(p, folders.TOKENS, folders.EMBED, outputs) for p in self.pictures]
-
-    def ask(
-        self, *turns: Any, on: Callable[[Any], None] = lambda _m: None, **more: Any
-    ) -> tuple[str, child.GenerateDone]:
-        """Return text and end."""
-        order = self.order(turns, **more)
-        self.said = []
-
-        def say(message: Any) -> None:
-            self.said.append(message)
-            on(message)
-
-        done = self.decoder.generate(order, self.rows(), say)
-        assert sum(isinstance(m, child.Prefilled) for m in self.said) <= 1
-        texts = [m for m in self.said if isinstance(m, child.Text)]
-        assert sum(m.tokens for m in texts) == done.completion
-        return "".join(m.text for m in texts), done
-
-    def sums(self) -> str:
-        return ",".join(models.sum_of(rows) for rows in self.rows()) or "-"
+    yield plug_in(tmp_path, monkeypatch)
+    Bench.close_all()
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
@@ -570,7 +479,8 @@ def test_what_a_load_tells(sim: Sim) -> None:
     said = {k: v for k, v in bench.ready.items() if k != "defects"}
     assert said == {
         "libraries": {"librkllmrt": "1.3.0"}, "layout": "1.3.0", "context": 2048, "embedding": 16,
-        "iommu_domain": 1, "pictures_told_apart": True, "sampling_per_request": True,
+        "adapters": [], "prompt_cache": False, "iommu_domain": 1, "pictures_told_apart": True,
+        "sampling_per_request": True,
         "driver": "0.9.8", "platform": "RK3588", "toolkit": "1.2.3", "context_limit": 4096,
         "npu_cores": 3, "target": "RK3588", "dtype": "W8A8",
     }  # fmt: skip

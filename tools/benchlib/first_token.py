@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def run(*, repeats: int = REPEATS, models: Path | None = None, model: str = "") 
       BenchError: there is no model.
 
     """
-    bodies = [_body(seed, model) for seed in range(WARM_UP + repeats)]
+    pictures = [_picture(seed) for seed in range(WARM_UP + repeats)]
     waits: list[float] = []
     stages: dict[str, list[float]] = {stage: [] for stage in _STAGES}
     with process.running(models=models) as daemon:
@@ -40,8 +39,8 @@ def run(*, repeats: int = REPEATS, models: Path | None = None, model: str = "") 
             if not name:
                 raise BenchError("there is no model; give one with --models")
             client.call("load", {"model": name}, progress=lambda _: None)
-        for number, body in enumerate(bodies):
-            wait, timings = _ask(daemon, body)
+        for number, picture in enumerate(pictures):
+            wait, timings = _ask(daemon, _body(picture, name))
             if number < WARM_UP:
                 continue
             waits.append(wait)
@@ -49,7 +48,7 @@ def run(*, repeats: int = REPEATS, models: Path | None = None, model: str = "") 
                 seconds.append(float(timings.get(stage, 0)) * 1000)
     detail: dict[str, Any] = {
         "model": name,
-        "picture": f"{SIDE}x{SIDE} PNG, about {len(bodies[0]['messages'][0]['content'][0]['image_url']['url']) * 3 // 4} bytes",
+        "picture": f"{SIDE}x{SIDE} PNG of {len(pictures[0])} bytes",
         **spread(waits),
         "server_medians": {
             stage: significant(statistics.median(values)) for stage, values in stages.items()
@@ -78,30 +77,29 @@ def _ask(daemon: process.Daemon, body: dict[str, Any]) -> tuple[float, dict[str,
     return (first - stream.sent_at) / 1e6, timings
 
 
-def _body(seed: int, model: str) -> dict[str, Any]:
-    uri = "data:image/png;base64," + base64.b64encode(_picture(seed)).decode()
+def _body(picture: bytes, model: str) -> dict[str, Any]:
+    uri = "data:image/png;base64," + base64.b64encode(picture).decode()
     parts = [
         {"type": "image_url", "image_url": {"url": uri}},
         {"type": "text", "text": _QUESTION},
     ]
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
-    return {**body, "temperature": 0, **({"model": model} if model else {})}
+    messages = [{"role": "user", "content": parts}]
+    return {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0}
 
 
 def _picture(seed: int) -> bytes:
-    """A plain background with a few shapes: a PNG of the kind that people send first."""
+    """A few shapes and the noise of a camera, so that the PNG is as large as that of a photo."""
+    import numpy as np
     from PIL import Image, ImageDraw
 
-    rng = random.Random(seed)
-
-    def colour() -> tuple[int, int, int]:
-        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-    image = Image.new("RGB", (SIDE, SIDE), colour())
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (SIDE, SIDE), tuple(rng.integers(8, 248, 3).tolist()))
     draw = ImageDraw.Draw(image)
     for shape in (draw.ellipse, draw.rectangle, draw.ellipse):
-        left, top, size = rng.randrange(300), rng.randrange(300), rng.randrange(60, 140)
-        shape((left, top, left + size, top + size), fill=colour())
+        left, top, size = rng.integers([0, 0, 60], [300, 300, 140]).tolist()
+        colour = tuple(rng.integers(8, 248, 3).tolist())
+        shape((left, top, left + size, top + size), fill=colour)
+    noise = rng.integers(-4, 5, (SIDE, SIDE, 3))
     file = io.BytesIO()
-    image.save(file, "PNG")
+    Image.fromarray((np.asarray(image) + noise).astype(np.uint8)).save(file, "PNG")
     return file.getvalue()

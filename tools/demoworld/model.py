@@ -17,7 +17,8 @@ from demoworld.pack import ABOUT_HEADS
 from demoworld.stream import HALF_HEADS, LOOK, PATCH, PATCH_HEADS, SIDE_PATCHES, TOKEN_HEADS, Batch
 from demoworld.tokens import END_ID, IMAGE_ID, PAD_ID, START_ID
 
-ABOUT_WEIGHT = 1.5
+ABOUT_WEIGHT = 2.0
+CELLS_WEIGHT = 8.0
 NONE_WEIGHT = 0.06  # of the class "none" in the auxiliary heads
 
 
@@ -84,6 +85,7 @@ class Trainee(nn.Module):
         self.about_heads = nn.ModuleDict(
             {k: nn.Linear(text.hidden_size, n) for k, n in ABOUT_HEADS.items()}
         )
+        self.cells_head = nn.Linear(text.hidden_size, 9)
         self.ink_head = nn.Linear(vision.hidden_size, PATCH * PATCH)
         self.box_head = nn.Linear(vision.hidden_size, 4)
         self.look_head = nn.Linear(vision.hidden_size, LOOK * LOOK)
@@ -204,6 +206,12 @@ class Trainee(nn.Module):
         about = F.rms_norm(before[wanted], before.shape[-1:])
         for i, (name, head) in enumerate(self.about_heads.items()):
             aux[name] = _weighted(head(about), batch["about"][wanted][:, i], False) * ABOUT_WEIGHT
+        cells = batch["cells"][wanted]
+        asked = cells[:, 0] >= 0
+        if asked.any():
+            aux["cells"] = CELLS_WEIGHT * F.binary_cross_entropy_with_logits(
+                self.cells_head(about[asked]), cells[asked].float()
+            )
         logits = self.vlm.lm_head(hidden[wanted])
         losses = F.cross_entropy(logits, batch["targets"][wanted], reduction="none")
         turn = batch["turn"][wanted]
@@ -251,6 +259,7 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
         "picture": torch.from_numpy(rows.picture),
         "patch": torch.from_numpy(rows.patch),
         "about": torch.from_numpy(rows.about),
+        "cells": torch.from_numpy(rows.cells),
         "turn": torch.from_numpy(rows.turn),
     }
     allowed = torch.from_numpy(rows.mask())

@@ -42,7 +42,8 @@ LEADS = (
 class Piece:
     """Some tokens; ``picture`` is the index of the picture that image tokens belong to.
 
-    ``about`` tells for each token of an answer which object it speaks of (see ABOUT_HEADS).
+    ``about`` tells for each token of an answer which object it speaks of (see ABOUT_HEADS),
+    ``cells`` where all the objects are that the question is about.
     """
 
     ids: list[int]
@@ -50,6 +51,7 @@ class Piece:
     picture: int = -1
     skill: str = ""
     about: list[tuple[int, ...]] = field(default_factory=list)
+    cells: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -87,7 +89,7 @@ def _facts(obj: Obj | None) -> tuple[int, ...]:
 def _about(encode: Encoder, turn: Turn, ids: list[int]) -> list[tuple[int, ...]]:
     """For each token of an answer, the object that it speaks of."""
     if len(turn.parts) < 2:
-        return [_facts(turn.topic)] * len(ids)
+        return [_facts(turn.parts[0] if turn.parts else turn.topic)] * len(ids)
     breaks = {encode(",")[0], encode(" and")[0]}
     about, part = [], 0
     for token in ids:
@@ -101,7 +103,9 @@ def _answer(encode: Encoder, turn: Turn) -> list[Piece]:
     ids = [*encode(" " + turn.answer), END_ID]
     return [
         Piece([END_ID, *encode("\nAssistant:")]),
-        Piece(ids, answer=True, skill=turn.skill, about=_about(encode, turn, ids)),
+        Piece(
+            ids, answer=True, skill=turn.skill, about=_about(encode, turn, ids), cells=turn.cells
+        ),
     ]
 
 
@@ -169,6 +173,7 @@ class Rows:
     turn: Ints  # which answer a target belongs to, -1 where there is no target
     skills: list[str]  # of the answers
     about: Ints  # (rows, length, heads): what a target speaks of, else -100
+    cells: Ints  # (rows, length, 9): where the objects in question are, else -1
 
     def mask(self) -> npt.NDArray[np.bool_]:
         """Who attends to whom, of shape (rows, 1, length, length)."""
@@ -200,7 +205,10 @@ def lay_out(groups: list[Group], length: int) -> tuple[Rows, int]:
     shape = (len(bins), length)
     full = [np.full(shape, v, np.int64) for v in (PAD_ID, -100, 0, -1, 0, -1, 0, -1)]
     about = np.full((*shape, len(ABOUT_HEADS)), -100, np.int64)
-    rows = Rows(full[0], full[1], full[2], full[3], full[4], full[5], full[6], full[7], [], about)
+    cells = np.full((*shape, 9), -1, np.int64)
+    rows = Rows(
+        full[0], full[1], full[2], full[3], full[4], full[5], full[6], full[7], [], about, cells
+    )
     for r, groups_of_row in enumerate(bins):
         at = 0
         for g, group in enumerate(groups_of_row):
@@ -222,6 +230,9 @@ def lay_out(groups: list[Group], length: int) -> tuple[Rows, int]:
                         rows.turn[r, at - 1 : at + n - 1] = len(rows.skills)
                         rows.skills.append(piece.skill)
                         rows.about[r, at - 1 : at + n - 1] = piece.about
+                        if piece.cells is not None:
+                            rows.cells[r, at - 1 : at + n - 1] = 0
+                            rows.cells[r, at - 1 : at + n - 1, list(piece.cells)] = 1
                     at += n
                     position += n
     return rows, sum(len(g) for g in groups)

@@ -38,7 +38,8 @@ class Turn:
     answer: str
     skill: str
     topic: Obj | None = None
-    parts: tuple[Obj | None, ...] = ()  # what the parts of a caption are about
+    parts: tuple[Obj | None, ...] = ()  # what the parts of a list are about, in order
+    cells: tuple[int, ...] | None = None  # of all objects that the question is about
 
 
 def join(parts: list[str]) -> str:
@@ -137,6 +138,18 @@ def _make_filter(values: dict[str, str], parts: str) -> Filter:
     return Filter(*(values[k] if k in parts else "" for k in "scz"))
 
 
+def _cells(objects: list[Obj]) -> tuple[int, ...]:
+    return tuple(o.cell for o in objects)
+
+
+def _firsts(objects: list[Obj], key: str) -> tuple[Obj, ...]:
+    """The first object of each value of an attribute."""
+    found: dict[str, Obj] = {}
+    for o in objects:
+        found.setdefault(getattr(o, key), o)
+    return tuple(found.values())
+
+
 def distinct(values: list[str]) -> list[str]:
     """Without repetitions, in order."""
     return list(dict.fromkeys(values))
@@ -152,23 +165,25 @@ def _count(rng: random.Random, scene: Scene, inside: str) -> Turn:
         f = random_filter(rng, scene, "c", 0.8)
     else:
         f = random_filter(rng, scene, rng.choice(("sc", "z", "zs")), 0.8)
-    n = len(f.among(scene.objects))
+    fits = f.among(scene.objects)
+    n = len(fits)
     noun = f.noun()
     many = plural(noun) if not f.shape else noun.removesuffix(f.shape) + plural(f.shape)
     asked = many
     if not f.shape and rng.random() < 0.35:
         asked = many.removesuffix("shapes") + rng.choice(("objects", "objects", "things"))
     answer = f"There is one {noun}." if n == 1 else f"There are {NUMBERS[n]} {many}."
-    return Turn(word(rng, "count", inside, things=asked), answer, "count")
+    question = word(rng, "count", inside, things=asked)
+    return Turn(question, answer, "count", cells=_cells(fits))
 
 
 def _exists(rng: random.Random, scene: Scene, inside: str) -> Turn:
     if rng.random() < 0.22:
         f = random_filter(rng, scene, "c", 0.5)
-        found = bool(f.among(scene.objects))
-        answer = "Yes, there is something" if found else "No, there is nothing"
+        fits = f.among(scene.objects)
+        answer = "Yes, there is something" if fits else "No, there is nothing"
         question = word(rng, "anything", inside, colour=f.colour)
-        return Turn(question, f"{answer} {f.colour}.", "exists")
+        return Turn(question, f"{answer} {f.colour}.", "exists", cells=_cells(fits))
     parts = rng.choices(("s", "sc", "zs", "zsc", "c"), (0.35, 0.45, 0.08, 0.07, 0.05))[0]
     f = random_filter(rng, scene, parts, 0.5)
     fits = f.among(scene.objects)
@@ -185,7 +200,8 @@ def _exists(rng: random.Random, scene: Scene, inside: str) -> Turn:
         things=asked.removesuffix(f.shape or "shape") + plural(f.shape or "shape"),
     )
     answer = f"Yes, there is {article(noun)}." if fits else f"No, there is no {noun}."
-    return Turn(question, answer, "exists", fits[0] if len(fits) == 1 else None)
+    topic = fits[0] if len(fits) == 1 else None
+    return Turn(question, answer, "exists", topic, tuple(fits[:1]), _cells(fits))
 
 
 def _place_filter(rng: random.Random, scene: Scene) -> tuple[str, list[Obj]]:
@@ -215,19 +231,20 @@ def _colour(rng: random.Random, scene: Scene, inside: str) -> Turn:
             noun = rng.choice(("shape", "shape", "object"))
             question = word(rng, "colour", inside, thing=f"{noun} {PLACES[cell]}")
             if not exact:
-                return Turn(question, f"There is no shape {PLACES[cell]}.", "colour")
+                return Turn(question, f"There is no shape {PLACES[cell]}.", "colour", cells=())
             answer = f"The shape {PLACES[cell]} is {exact[0].colour}."
-            return Turn(question, answer, "colour", exact[0])
+            return Turn(question, answer, "colour", exact[0], cells=_cells(exact))
     f = random_filter(rng, scene, rng.choices(("s", "zs", "z"), (0.75, 0.2, 0.05))[0], 0.85)
     fits = f.among(scene.objects)
     question = word(rng, "colour", inside, thing=_asked_noun(rng, f))
     noun = f.noun()
     if not fits:
-        return Turn(question, f"There is no {noun}.", "colour")
+        return Turn(question, f"There is no {noun}.", "colour", cells=())
     values = join(distinct([o.colour for o in fits]))
     if len(fits) == 1:
-        return Turn(question, f"The {noun} is {values}.", "colour", fits[0])
-    return Turn(question, f"The {_many(f)} are {values}.", "colour")
+        return Turn(question, f"The {noun} is {values}.", "colour", fits[0], cells=_cells(fits))
+    parts = _firsts(fits, "colour")
+    return Turn(question, f"The {_many(f)} are {values}.", "colour", None, parts, _cells(fits))
 
 
 def _many(f: Filter) -> str:
@@ -240,21 +257,24 @@ def _shape(rng: random.Random, scene: Scene, inside: str) -> Turn:
     fits = f.among(scene.objects)
     question = word(rng, "shape", inside, colour=f.colour)
     if not fits:
-        return Turn(question, f"There is no {f.colour} shape.", "shape")
+        return Turn(question, f"There is no {f.colour} shape.", "shape", cells=())
     if len(fits) == 1:
-        return Turn(question, f"The {fits[0].shape} is {f.colour}.", "shape", fits[0])
+        answer = f"The {fits[0].shape} is {f.colour}."
+        return Turn(question, answer, "shape", fits[0], cells=_cells(fits))
     shapes = [o.shape for o in fits]
     names = [f"the {s if shapes.count(s) == 1 else plural(s)}" for s in distinct(shapes)]
-    return Turn(question, sentence(f"{join(names)} are {f.colour}"), "shape")
+    answer = sentence(f"{join(names)} are {f.colour}")
+    return Turn(question, answer, "shape", None, _firsts(fits, "shape"), _cells(fits))
 
 
 def _at(rng: random.Random, scene: Scene, inside: str) -> Turn:
     place, found = _place_filter(rng, scene)
     question = word(rng, "at", inside, place=place)
     if not found:
-        return Turn(question, f"There is no shape {place}.", "at")
+        return Turn(question, f"There is no shape {place}.", "at", cells=())
     parts = [f"{article(f'{o.size} {o.colour} {o.shape}')} is {o.place}" for o in found]
-    return Turn(question, sentence(join(parts)), "at", found[0] if len(found) == 1 else None)
+    topic = found[0] if len(found) == 1 else None
+    return Turn(question, sentence(join(parts)), "at", topic, tuple(found), _cells(found))
 
 
 def _where(rng: random.Random, scene: Scene, inside: str) -> Turn:
@@ -264,11 +284,13 @@ def _where(rng: random.Random, scene: Scene, inside: str) -> Turn:
     fits = f.among(scene.objects)
     question = word(rng, "where", inside, thing=_asked_noun(rng, f))
     if not fits:
-        return Turn(question, f"There is no {f.noun()}.", "where")
+        return Turn(question, f"There is no {f.noun()}.", "where", cells=())
     places = join([o.place for o in fits])
     if len(fits) == 1:
-        return Turn(question, f"The {f.noun()} is {places}.", "where", fits[0])
-    return Turn(question, f"The {_many(f)} are {places}.", "where")
+        answer = f"The {f.noun()} is {places}."
+        return Turn(question, answer, "where", fits[0], cells=_cells(fits))
+    answer = f"The {_many(f)} are {places}."
+    return Turn(question, answer, "where", None, tuple(fits), _cells(fits))
 
 
 def _size(rng: random.Random, scene: Scene, inside: str) -> Turn:
@@ -276,11 +298,13 @@ def _size(rng: random.Random, scene: Scene, inside: str) -> Turn:
     fits = f.among(scene.objects)
     question = word(rng, "size", inside, thing=_asked_noun(rng, f))
     if not fits:
-        return Turn(question, f"There is no {f.noun()}.", "size")
+        return Turn(question, f"There is no {f.noun()}.", "size", cells=())
     values = join(distinct([o.size for o in fits]))
     if len(fits) == 1:
-        return Turn(question, f"The {f.noun()} is {values}.", "size", fits[0])
-    return Turn(question, f"The {_many(f)} are {values}.", "size")
+        answer = f"The {f.noun()} is {values}."
+        return Turn(question, answer, "size", fits[0], cells=_cells(fits))
+    answer = f"The {_many(f)} are {values}."
+    return Turn(question, answer, "size", None, _firsts(fits, "size"), _cells(fits))
 
 
 def reading(scene: Scene) -> str:
@@ -336,7 +360,9 @@ def follow_up(rng: random.Random, scene: Scene, topic: Obj, told: str) -> Turn:
             answer = f"Yes, there are {NUMBERS[n]} other shapes."
     else:
         answer = kinds[kind]
-    return Turn(word(rng, kind), answer, "follow_up", topic)
+    about = [o for o in scene.objects if o.cell != topic.cell]
+    cells = _cells(about) if kind == "others" else (topic.cell,)
+    return Turn(word(rng, kind), answer, "follow_up", topic, cells=cells)
 
 
 def no_picture(rng: random.Random) -> Turn:

@@ -143,7 +143,7 @@ def _answer(house: House, job: Job) -> Answer:
         digest = ""
     return Answer(
         job=job.id,
-        model=job.model,
+        model=f"{job.model}:{job.adapter}" if job.adapter else job.model,
         digest=digest,
         created=int(time.time()),
         include_usage=job.request.include_usage,

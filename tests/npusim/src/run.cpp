@@ -3,6 +3,7 @@
 #include <fstream>
 
 #include "config.h"
+#include "mind.h"
 #include "npu.h"
 #include "session.h"
 #include "trace.h"
@@ -127,14 +128,32 @@ int Session::give_floats(std::vector<Lane> &lanes, const RunParam &param, const 
     return 0;
 }
 
+std::vector<Token> Session::answer_of(const Request &request, const RunParam &param,
+                                      const std::vector<Place> &held,
+                                      size_t prompt_tokens) const {
+    if (setting("NPUSIM_MIND", "").empty())
+        return model.tokenise(reply(*this, request, param, held, prompt_tokens), false);
+    std::vector<std::string> texts;
+    std::string text = wrapped(request);
+    size_t at = 0;
+    for (size_t i = 0; i < request.pictures.count; i++) {
+        size_t end = text.find("<image>", at);
+        texts.push_back(text.substr(at, end - at));
+        at = end + 7;
+    }
+    texts.push_back(text.substr(at));
+    int most = param.max_new > 0 ? param.max_new : settings.max_new;
+    return think(texts, request.pictures, model.embed * model.outputs, most);
+}
+
 int Session::generate(std::vector<Lane> &lanes, const RunParam &param, const Emit &emit,
                       size_t computed, float prefill_ms) {
     int limit = param.max_new > 0 ? param.max_new : settings.max_new;
     std::string split = setting("NPUSIM_SPLIT", "waiting");
     std::vector<std::vector<Token>> answers;
     for (size_t i = 0; i < lanes.size(); i++) {
-        std::string text = reply(*this, *lanes[i].request, param, cache[i], lanes[i].places.size());
-        answers.push_back(model.tokenise(text, false));
+        answers.push_back(
+            answer_of(*lanes[i].request, param, cache[i], lanes[i].places.size()));
     }
     std::vector<std::string> open(lanes.size());
     std::vector<bool> done(lanes.size(), false);

@@ -223,9 +223,12 @@ bool Session::prepare(const Request &request, const RunParam &param, Lane &lane)
             auto columns = static_cast<size_t>(model.embed);
             auto bytes = copied(request.embeds, request.embed_tokens * columns * sizeof(float),
                                 sizeof(float), "embed");
-            for (size_t i = 0; i < request.embed_tokens; i++)
-                lane.places.push_back({-1, true, crc32(bytes.data() + i * columns * sizeof(float),
-                                                       columns * sizeof(float))});
+            for (size_t i = 0; i < request.embed_tokens; i++) {
+                uint32_t sum = crc32(bytes.data() + i * columns * sizeof(float),
+                                     columns * sizeof(float));
+                // Fact sheet 2.4: from 1.2.3 on, embeddings themselves are compared.
+                lane.places.push_back({static_cast<int32_t>(sum & 0x7FFFFFFF), true, sum});
+            }
             break;
         }
         case Kind::multimodal:

@@ -133,6 +133,8 @@ class Session {
     uint32_t check_block(const Block &block, const char *what) const;
     uint32_t check_blocks(const Request &request) const;
     std::vector<Token> tokens_of(const std::string &text);
+    std::vector<Token> answer_of(const Request &request, const RunParam &param,
+                                 const std::vector<Place> &held, size_t prompt_tokens) const;
     std::string wrapped(const Request &request) const;
     size_t reuse(Lane &lane, size_t index, bool keep_history);
     bool prefill(std::vector<Lane> &lanes, size_t &computed, float &milliseconds);
