@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -19,6 +20,12 @@ _FOREIGN = (
     "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID",
     "STATE_DIRECTORY", "RUNTIME_DIRECTORY", "NO_COLOR", "OPENAI_API_KEY", "OPENAI_BASE_URL",
 )  # fmt: skip
+
+
+# A shell starts background jobs with SIGINT ignored, and programs that tests start would inherit
+# that: a Ctrl-C could not be tested in them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,7 +11,7 @@ from tests.house.tree import ROOT, imports, python_files
 #: Where a distribution has another name than what it is imported as.
 IMPORTED_AS = {"pillow": "PIL", "rknn-toolkit-lite2": "rknnlite", "pytest-trio": "pytest"}
 #: Programs that are run and never imported.
-RUN = {"ruff", "mypy", "hatchling"}
+RUN = {"ruff", "mypy", "hatchling", "ziglang"}
 #: What tools/bench prints beside its own figures where somebody has installed it.
 BESIDE = {"onnxruntime_genai", "llama_cpp", "gguf"}
 #: For the NPU engine, which is not there yet.

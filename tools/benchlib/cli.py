@@ -51,8 +51,9 @@ MEASURES: dict[str, tuple[Measure, str]] = {
     "idle": (_idle, "the daemon at rest: memory, time to listen, time to load a model"),
     "first-token": (_first_token, "from a request with a picture to the first token"),
     "token-latency": (_token_latency, "from a token leaving the child to the client's socket"),
-    "decode-speed": (_decode_speed, "tokens per second of the CPU engine beside others"),
     "jpeg": (_jpeg, "a 12-megapixel JPEG to encoder input"),
+    # Last: torch in the same process makes what comes after it slower.
+    "decode-speed": (_decode_speed, "tokens per second of the CPU engine beside others"),
 }
 #: Largest number that an option takes.
 _MOST = 100_000
