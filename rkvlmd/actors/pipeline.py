@@ -167,7 +167,7 @@ async def _picture(job: Job, source: PictureSource, entry: Entry, tools: Tools) 
         else:
             blob = await blobs.from_text(source.data, "picture")
         encoder = entry.manifest.encoders[0]
-        plain = manifests.to_builtins(entry.manifest)["encoders"][0]
+        plain = manifests.to_builtins(encoder)
 
         def build(number: int) -> wire.Picture:
             return wire.Picture(

@@ -270,8 +270,8 @@ def files(manifest: Manifest) -> dict[str, File]:
     return found
 
 
-def to_builtins(manifest: Manifest) -> dict[str, Any]:
-    """Return the manifest as plain JSON values, for a frame or a file."""
+def to_builtins(manifest: Manifest | Encoder) -> dict[str, Any]:
+    """Return a manifest, or an encoder of one, as plain JSON values, for a frame or a file."""
     built: dict[str, Any] = msgspec.to_builtins(manifest)
     return built
 

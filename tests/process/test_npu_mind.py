@@ -26,10 +26,7 @@ from tests.npusim import compiler, models
 from tests.npusim.fixture import Sim
 from tests.npusim.house import plug_in
 
-pytestmark = [
-    pytest.mark.process,
-    pytest.mark.skipif(not (DEMO / "rkvlm.json").is_file(), reason="needs the demo model"),
-]
+pytestmark = pytest.mark.process
 
 #: Questions for each skill, and the skills: one picture, two pictures, follow-ups.
 EACH = 4
