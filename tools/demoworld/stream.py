@@ -89,20 +89,16 @@ class Mix:
 
 def curriculum(progress: float) -> Mix:
     """The mixture at a point of the training, 0 to 1."""
-    if progress < 0.03:
-        return Mix((0.6, 0.4), 0.35, 2, 0.04, 0.0, 0.0)
+    if progress < 0.02:
+        return Mix((0.6, 0.4), 0.3, 2, 0.04, 0.0, 0.0)
     if progress < 0.08:
-        return Mix((0.3, 0.3, 0.25, 0.15), 0.35, 4, 0.04, 0.02, 0.04)
-    if progress < 0.31:
-        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.5, 3, 0.03, 0.03, 0.04, 100, 0.15)
-    if progress < 0.38:  # seeing is the hard part: few questions, many pictures
-        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.45, LONGEST, 0.03, 0.03, 0.04, 110, 0.4)
-    if progress < 0.52:  # questions about few things, until the answers follow the picture
-        return Mix((0.34, 0.36, 0.2, 0.1), 0.25, 4, 0.04, 0.03, 0.08)
-    if progress < 0.6:
-        return Mix((0.22, 0.28, 0.25, 0.2, 0.05), 0.25, 5, 0.04, 0.04, 0.1)
+        return Mix((0.3, 0.3, 0.25, 0.15), 0.3, 4, 0.04, 0.02, 0.02, 140, 0.6)
+    if progress < 0.25:  # seeing is the hard part: fewer questions, more pictures
+        return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.35, 4, 0.03, 0.03, 0.04, 140, 0.5)
+    if progress < 0.5:
+        return Mix((0.26, 0.28, 0.24, 0.2, 0.02), 0.22, LONGEST, 0.04, 0.03, 0.07, 180)
     if progress < 0.8:
-        return Mix((0.24, 0.26, 0.25, 0.22, 0.03), 0.17, LONGEST, 0.04, 0.04, 0.07)
+        return Mix((0.24, 0.26, 0.25, 0.22, 0.03), 0.2, LONGEST, 0.04, 0.04, 0.08)
     return Mix()
 
 

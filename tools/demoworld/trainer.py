@@ -26,8 +26,8 @@ from demoworld.text import Fonts
 from demoworld.tokens import Encoder, train_tokenizer
 
 WARM_UP = 0.01
-DECAY_FROM = 0.42
-SLOW_SEEING = 0.4  # the vision tower's share of the rate from then on
+DECAY_FROM = 0.3
+SLOW_SEEING = 0.7  # the vision tower's share of the rate from then on
 TEST_SEED = 20_011
 CHECKPOINT_SECONDS = 240.0
 AVERAGE = 0.998
@@ -55,13 +55,13 @@ class Plan:
 
 
 def rate_at(progress: float) -> float:
-    """The learning rate's factor: warm-up, constant, a step, then down to (almost) nothing."""
+    """The learning rate's factor: warm-up, constant, then down to (almost) nothing."""
     if progress < WARM_UP:
         return max(0.02, progress / WARM_UP)
     if progress < DECAY_FROM:
         return 1.0
     left = max(0.0, (1 - progress) / (1 - DECAY_FROM))
-    return 0.01 + 0.6 * left
+    return 0.01 + 0.99 * left
 
 
 def auxiliary_at(progress: float) -> float:
