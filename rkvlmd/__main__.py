@@ -9,7 +9,7 @@ import faulthandler
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     except SettingsError as exc:
         _print_problems(exc.problems, sys.stdout if args.check else sys.stderr)
         return BAD_SETTINGS
-    return _check(settings) if args.check else _run(settings)
+    return _check(settings) if args.check else _run(settings, partial(settings_of, args))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,7 +140,7 @@ def _print_problems(problems: list[str], stream: Any) -> None:
         print(problem.translate(_CONTROLS), file=stream)
 
 
-def _run(settings: Settings) -> int:
+def _run(settings: Settings, reread: Callable[[], Settings]) -> int:
     import trio
 
     from rkvlmd import daemon
@@ -151,7 +151,7 @@ def _run(settings: Settings) -> int:
     for line in effective(settings):
         log.info("setting %s", line)
     try:
-        trio.run(partial(daemon.main, settings, announce=_announce))
+        trio.run(partial(daemon.main, settings, announce=_announce, reread=reread))
     except KeyboardInterrupt:
         return INTERRUPTED  # it came before the daemon took signals
     except (Exception, BaseExceptionGroup) as exc:  # noqa: BLE001 - becomes the exit status

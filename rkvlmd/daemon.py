@@ -18,8 +18,11 @@ from rkvlmd.actors.embeddings import EmbeddingCache
 from rkvlmd.actors.fetcher import Fetcher
 from rkvlmd.actors.house import House
 from rkvlmd.actors.lease import Lease
+from rkvlmd.actors.ledger import FILE as LEDGER
+from rkvlmd.actors.ledger import Ledger
 from rkvlmd.actors.loading import Loader
 from rkvlmd.actors.notify import Notify
+from rkvlmd.actors.overlap import Overlap
 from rkvlmd.actors.pipeline import Tools
 from rkvlmd.actors.policy import Rules
 from rkvlmd.actors.prep import Prep
@@ -30,6 +33,7 @@ from rkvlmd.front.control import serve_control
 from rkvlmd.front.control_socket import operator_gid
 from rkvlmd.front.http.serve import serve_http
 from rkvlmd.models import catalog, families
+from rkvlmd.reload import Reloader
 from rkvlmd.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,11 +48,16 @@ class Spares:
 
 
 async def main(
-    settings: Settings, *, announce: Callable[[str], None], spares: Spares | None = None
+    settings: Settings,
+    *,
+    announce: Callable[[str], None],
+    reread: Callable[[], Settings] | None = None,
+    spares: Spares | None = None,
 ) -> None:
     """Run the daemon until a signal ends it.
 
-    ``announce`` gets the HTTP address once both fronts listen.
+    ``announce`` gets the HTTP address once both fronts listen; ``reread``
+    returns the settings as a start would have them now, for a reload.
 
     Raises:
       SettingsError, OSError: at the start.
@@ -62,7 +71,13 @@ async def main(
         log.error("%s", problem)
     lease = Lease(Rules(settings.queue.age_seconds, settings.queue.max_jumps))
     with EmbeddingCache(settings.cache.embeddings_bytes) as cache:
-        residency = Residency(settings, entries, lease, spares.make_loader(settings, state))
+        residency = Residency(
+            settings,
+            entries,
+            lease,
+            spares.make_loader(settings, state),
+            ledger=Ledger(state / LEDGER),
+        )
         prep = spares.make_prep(settings)
         tools = Tools(
             settings,
@@ -72,11 +87,13 @@ async def main(
             residency,
             cache,
             CrashMemory(settings.queue.crash_refusal_seconds),
+            overlap=Overlap(on=settings.npu.overlap),
         )
         house = House(settings, tools, Scheduler(tools), problems=tuple(map(str, problems)))
+        house.reload = Reloader(house, reread or (lambda: settings), _scan).run
         control = settings_module.control_path(settings)
         async with (
-            _actor("signals", _signals, house),
+            _actor("signals", _signals, house, notify),
             _actor("prep", prep.run),
             _actor("residency", residency.run),
             _actor("scheduler", house.scheduler.run),
@@ -140,16 +157,32 @@ async def _hurry(house: House, draining: trio.CancelScope) -> None:
 
 
 async def _signals(
-    house: House, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    house: House,
+    notify: Notify,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """SIGTERM and SIGINT: the first one drains, the second one aborts."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("%s", signal.Signals(number).name)
-            if house.stop.is_set():
-                house.stop_again.set()
-            house.stop.set()
+    """SIGTERM and SIGINT: the first one drains, the second one aborts. SIGHUP: reload."""
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    with trio.open_signal_receiver(*taken) as signals:
+        async with trio.open_nursery() as reloads:
+            task_status.started()
+            async for number in signals:
+                log.info("%s", signal.Signals(number).name)
+                if number == signal.SIGHUP:
+                    # Beside the signals: a slow disk must not keep a stop waiting.
+                    reloads.start_soon(_reload, house, notify, name="reload")
+                    continue
+                if house.stop.is_set():
+                    house.stop_again.set()
+                house.stop.set()
+
+
+async def _reload(house: House, notify: Notify) -> None:
+    notify.reloading()
+    await house.reload()
+    if not house.stopping:
+        notify.ready()
 
 
 async def _tell(

@@ -50,6 +50,7 @@ CODES: dict[str, tuple[int, str]] = {
     "model_failed": (503, "service_unavailable_error"),
     "model_pinned": (503, "service_unavailable_error"),
     "insufficient_memory": (503, "service_unavailable_error"),
+    "draining": (503, "service_unavailable_error"),
     "shutting_down": (503, "service_unavailable_error"),
     "deadline_exceeded": (504, "server_error"),
 }

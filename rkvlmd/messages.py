@@ -56,11 +56,18 @@ class PicturePart:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoPart:
+    """The place of video ``index`` (into ``ChatRequest.videos``)."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message of the conversation, its parts in order."""
 
     role: Role
-    parts: tuple[TextPart | PicturePart, ...]
+    parts: tuple[TextPart | PicturePart | VideoPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,20 @@ class PictureSource:
     kind: Literal["base64", "url"]
     data: str
     field: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSource:
+    """One video as the client gave it; ``base64``, ``url`` and ``field`` as for a picture.
+
+    ``frames``: ``data`` holds the base64 texts of pictures, joined by commas.
+    """
+
+    kind: Literal["base64", "url", "frames"]
+    data: str
+    field: str
+    detail: Literal["auto", "low", "high"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +122,13 @@ class ChatRequest:
 
     ``ignored`` names known parameters that have no effect here, ``unknown``
     the fields that nobody knows. ``timeout`` is the client's own deadline,
-    ``priority`` the class that it asks for.
+    ``priority`` the class that it asks for, ``keep_alive`` how long the model
+    shall stay loaded after it (seconds, ``inf`` for ever).
     """
 
     turns: tuple[Turn, ...]
     pictures: tuple[PictureSource, ...] = ()
+    videos: tuple[VideoSource, ...] = ()
     model: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
@@ -114,8 +137,20 @@ class ChatRequest:
     include_usage: bool = False
     timeout: float | None = None
     priority: Priority | None = None
+    keep_alive: float | None = None
     ignored: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsRequest(ChatRequest):
+    """A parsed and checked ``/v1/embeddings`` body: each turn is one input.
+
+    ``dimensions`` asks for the beginning of the vectors.
+    """
+
+    encoding: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +202,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """One line of ``rkvlmctl jobs``."""
+    """One line of ``rkvlmctl jobs``; ``phase_age`` is how long the phase lasts already."""
 
     id: str
     client: str
@@ -179,15 +214,35 @@ class JobView:
     completion_tokens: int
     stream: bool
     priority: Priority = "normal"
+    phase_age: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rescan:
+    """What a new look into the models folder has found, by name.
+
+    ``waiting`` are those of ``changed`` and ``removed`` that are loaded as they
+    were, until they are unloaded.
+    """
+
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
     """One line of ``rkvlmctl models`` and one card of ``/v1/models``.
 
-    ``progress`` is 0..1 while loading. ``detail`` says why a model failed.
+    ``progress`` is 0..1 while loading, ``seconds_left`` the estimate of the
+    rest, from what the load took last time. ``detail`` says why a model failed.
+    ``encoders_kept``: its decoder made room for another one, and so many of its
+    encoders stayed. ``idle_seconds`` is the time until it leaves unless it is
+    used, ``None`` where nothing is planned. ``pinned``: only ``unpin`` lets it go.
     ``adapters`` are offered as ``NAME:ADAPTER``; the view of one of those has
-    the model's name as ``parent``.
+    the model's name as ``parent``. ``makes`` is what a request may ask for,
+    ``video`` whether it may show videos.
     """
 
     name: str
@@ -202,6 +257,12 @@ class ModelView:
     memory_bytes: int = 0
     held: bool = False
     default: bool = False
+    pinned: bool = False
+    seconds_left: float | None = None
+    idle_seconds: float | None = None
+    encoders_kept: int = 0
     engines: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     parent: str = ""
+    makes: tuple[Literal["text", "embeddings"], ...] = ("text",)
+    video: bool = False

@@ -85,6 +85,16 @@ class ModelsSettings:
     preload: tuple[str, ...] = key([], "models to load at start")
     on_demand: bool = key(True, "a request may cause the load or swap of an installed model")
     max_tokens: int = key(1024, "generated tokens where nobody says a number", "tokens", least=1)
+    keep_alive_seconds: float = key(
+        -1.0, "a model that is not used for this long is unloaded, unless its manifest says"
+        " another time; -1: never", "seconds", least=-1,
+    )  # fmt: skip
+    keep_alive_min_seconds: float = key(
+        300.0, "the shortest keep_alive that a request may ask for", "seconds", least=0
+    )
+    keep_alive_max_seconds: float = key(
+        -1.0, "the longest keep_alive that a request may ask for; -1: any", "seconds", least=-1
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,14 @@ class MediaSettings:
     max_redirects: int = key(3, "most redirects of one fetch", "redirects", least=0)
     max_fetches: int = key(4, "most fetches at the same time", "fetches", least=1)
     exact: bool = key(False, "decode every JPEG in full instead of at a reduced scale")
+    max_videos: int = key(2, "most videos in one request", "videos", least=0)
+    max_video_bytes: int = key(32 << 20, "largest video file", "bytes", least=1024)
+    max_video_pixels: int = key(8_912_896, "largest frame of a video", "pixels", least=64)
+    max_video_seconds: float = key(900.0, "longest video", "seconds", least=0.1)
+    max_frames: int = key(16, "most frames that are taken of one video", "frames", least=1)
+    frame_pixels: int = key(
+        589_824, "a frame with more is made smaller before it is prepared", "pixels", least=64
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +138,7 @@ class PrepSettings:
 
     children: int = key(2, "most children", "processes", least=1)
     idle_seconds: float = key(60.0, "an idle child leaves after this", "seconds", least=0)
-    memory_bytes: int = key(1 << 30, "address space of one child", "bytes", least=256 << 20)
+    memory_bytes: int = key(768 << 20, "address space of one child", "bytes", least=256 << 20)
     job_seconds: float = key(20.0, "time for one picture or prompt", "seconds", least=0.1)
 
 
@@ -133,7 +151,14 @@ class QueueSettings:
         24, "most of them of one client, which is an address; 0: as many as max_jobs", "requests",
         least=0,
     )  # fmt: skip
-    max_bytes: int = key(256 << 20, "most bytes of admitted bodies", "bytes", least=1 << 20)
+    max_bytes: int = key(128 << 20, "most bytes of admitted bodies", "bytes", least=1 << 20)
+    max_pixels: int = key(
+        24_000_000, "most pixels of pictures that wait for their encoder, at its size", "pixels",
+        least=65536,
+    )  # fmt: skip
+    max_embedding_bytes: int = key(
+        128 << 20, "most bytes of the picture embeddings of one request", "bytes", least=1 << 20
+    )
     job_seconds: float = key(300.0, "deadline of a request, waiting included", "seconds", least=1)
     refuse_late: bool = key(
         True, "refuse a request at once whose deadline the work ahead of it would use up"
@@ -150,6 +175,9 @@ class QueueSettings:
     )
     batch_clients: tuple[str, ...] = key(
         [], "clients whose requests are batch whatever they say: address, CIDR or local"
+    )
+    drain_retry_seconds: int = key(
+        30, "when clients may try again while the server is drained", "seconds", least=1
     )
     stop_seconds: float = key(20.0, "time that jobs get to end at a stop", "seconds", least=0)
     crash_refusal_seconds: float = key(
@@ -190,6 +218,10 @@ class CacheSettings:
     """What is kept between requests."""
 
     embeddings_bytes: int = key(64 << 20, "picture embeddings kept", "bytes", least=0)
+    conversations_bytes: int = key(
+        128 << 20, "key/value caches of other conversations that the CPU engine keeps", "bytes",
+        least=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +229,13 @@ class MemorySettings:
     """Admission of loads."""
 
     reserve_bytes: int = key(256 << 20, "memory that a load must leave free", "bytes", least=0)
+    models_bytes: int = key(
+        0, "most memory of all models together; 0: what the machine leaves", "bytes", least=0
+    )
+    check_seconds: float = key(
+        10.0, "pause between looks at the free memory while encoders are kept that nobody uses;"
+        " below half of memory.reserve_bytes the least recently used leave", "seconds", least=0.1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +247,9 @@ class NpuSettings:
     layout: str = key("", "version of librkllmrt.so whose memory layout to assume; empty: its own")
     sampling: str = key("warn", "sampling that 1.2 cannot change per request: warn or reject")
     overlap: bool = key(False, "encode while another job decodes")
+    conversations_bytes: int = key(
+        0, "saved key/value caches of other conversations, in memory; 0: none", "bytes", least=0
+    )
 
 
 @dataclass(frozen=True, slots=True)

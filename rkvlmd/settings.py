@@ -21,6 +21,7 @@ from rkvlmd.errors import SettingsError
 from rkvlmd.hosts import client_network, split_allow
 from rkvlmd.hosts import is_loopback as is_loopback
 from rkvlmd.hosts import split_bind as split_bind
+from rkvlmd.live import LIVE
 from rkvlmd.paths import default_control_path
 from rkvlmd.sections import CacheSettings as CacheSettings
 from rkvlmd.sections import ControlSettings as ControlSettings
@@ -157,13 +158,16 @@ def render() -> str:
     """Return the commented file with every key at its default (``etc/rkvlmd.toml``)."""
     lines = [
         "# Settings of rkvlmd. Every key is shown with its default; remove the # to change it.",
+        '# A change of a key with * is taken over by "rkvlmctl reload" and "systemctl reload";',
+        "# the others need a restart.",
     ]
     for name, cls in SECTIONS.items():
         lines += ["", f"# {cls.__doc__}", f"[{name}]"]
         for f in fields(cls):
             default = f.default if f.default is not dataclasses.MISSING else ()
             unit = f" ({f.metadata['unit']})" if f.metadata["unit"] else ""
-            lines += [f"# {f.metadata['doc']}{unit}", f"# {f.name} = {_toml(default)}"]
+            star = " *" if f"{name}.{f.name}" in LIVE else ""
+            lines += [f"# {f.metadata['doc']}{unit}{star}", f"# {f.name} = {_toml(default)}"]
     return "\n".join(lines) + "\n"
 
 

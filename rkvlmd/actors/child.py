@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Buffers of pixels and rows go back to the system when they are freed: once one was freed, glibc
+#: would keep the next ones up to 32 MiB for later (mallopt(3), M_MMAP_THRESHOLD). Bytes.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
+
 #: What is kept of a child's output for the error text, bytes.
 TAIL_BYTES = 8192
 
@@ -155,6 +159,7 @@ class Child:
                             stderr=subprocess.STDOUT,
                             process_group=0,  # a terminal's Ctrl-C is not for the child
                             check=False,
+                            env=MEMORY | os.environ,
                             deliver_cancel=self._leave_or_die,
                         )
                     )

@@ -94,8 +94,13 @@ async def _beating(child: Child, within: float) -> tuple[wire.FromChild, list[in
             raise ChildWedgedError(child.name, "stopped beating while it loaded")
 
 
-async def encode(child: Child, pixels: Rows, settings: EngineSettings) -> tuple[Rows, float]:
-    """Encode one picture; return rows that the caller owns, and the seconds it took.
+async def encode(
+    child: Child,
+    pixels: Rows,
+    settings: EngineSettings,
+    grid: tuple[int, int, int] | None = None,
+) -> tuple[Rows, float]:
+    """Encode one view; return rows that the caller owns, and the seconds it took.
 
     Cannot be interrupted: a cancelled caller waits (shielded) for the end of
     the encode, within its deadline.
@@ -109,13 +114,41 @@ async def encode(child: Child, pixels: Rows, settings: EngineSettings) -> tuple[
         trio.CancelScope(shield=True),
         _due(child, settings.encode_seconds, "the encode took too long"),
     ):
-        await child.send(wire.Encode(id=number, pixels=pixels.tensor), [pixels.blob.fd])
+        await child.send(wire.Encode(id=number, pixels=pixels.tensor, grid=grid), [pixels.blob.fd])
         while True:
             message, fds = await child.receive()
             if isinstance(message, wire.EncodeDone) and message.id == number and len(fds) == 1:
                 return Rows(Blob(fds[0]), message.rows), message.seconds
             close_fds(fds)
             if isinstance(message, wire.Failed) and message.id == number:
+                raise RkvlmdError(message.code, message.message)
+    raise AssertionError("unreachable: a missed deadline raises")
+
+
+async def embed(
+    child: Child, order: wire.Embed, rows: Sequence[Rows], settings: EngineSettings, pace: Pace
+) -> wire.EmbedDone:
+    """Make the vector of one input, within the deadline of a first token.
+
+    Cannot be interrupted, like ``encode``.
+
+    Raises:
+      ChildDiedError, ChildWedgedError, RkvlmdError: as for ``load``.
+
+    """
+    tokens = len(order.tokens) or order.count
+    within = settings.first_token_seconds + 4 * tokens / pace.prefill_rate
+    with trio.CancelScope(shield=True), _due(child, within, "the embedding took too long"):
+        await child.send(order, [r.blob.fd for r in rows])
+        while True:
+            message, fds = await child.receive()
+            close_fds(fds)
+            if isinstance(message, wire.EmbedDone) and message.id == order.id:
+                # A picture alone is pooled without the decoder, which says nothing of its pace.
+                if sum(span.count for span in order.spans) < message.tokens:
+                    pace.prefilled(message.tokens, message.seconds)
+                return message
+            if isinstance(message, wire.Failed) and message.id == order.id:
                 raise RkvlmdError(message.code, message.message)
     raise AssertionError("unreachable: a missed deadline raises")
 
@@ -135,12 +168,16 @@ class Pace:
 
 @dataclass(slots=True)
 class Generation:
-    """One generation as it goes on; the job reads it at the end."""
+    """One generation as it goes on; the job reads it at the end.
+
+    ``done`` is the end that the child told, also after an abort.
+    """
 
     on_prefilled: Callable[[wire.Prefilled], None]
     on_text: Callable[[str, int], None]
     somebody_waits: Callable[[], bool] = lambda: False
     prefilled: bool = False
+    done: wire.GenerateDone | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -167,7 +204,7 @@ async def generate(
             child.listener = hear = _hearer(child, order, run, scope, settings, pace)
             try:
                 await child.send(order, [r.blob.fd for r in rows])
-                return await _end(child, order, hear)
+                return await _end(child, order, run, hear)
             finally:
                 child.listener = None
     except trio.Cancelled:
@@ -208,7 +245,7 @@ def _hearer(
 
 
 async def _end(
-    child: Child, order: wire.Generate, hear: Callable[[wire.FromChild], bool]
+    child: Child, order: wire.Generate, run: Generation, hear: Callable[[wire.FromChild], bool]
 ) -> wire.GenerateDone:
     """Wait until the order has ended."""
     while True:
@@ -217,6 +254,7 @@ async def _end(
         if hear(message) or getattr(message, "id", None) != order.id:
             continue
         if isinstance(message, wire.GenerateDone):
+            run.done = message
             return message
         if isinstance(message, wire.Failed):
             raise RkvlmdError(message.code, message.message)
@@ -243,14 +281,14 @@ async def _abort(
         await child.send(wire.Abort(id=order.id))
         hear = _hearer(child, order, run, None, settings, pace)
         with trio.move_on_after(settings.abort_seconds):
-            await _end(child, order, hear)
+            await _end(child, order, run, hear)
             return
         if not run.prefilled:
             left = first_due - trio.current_time()
             worth = left <= 2 * pace.load_seconds or not run.somebody_waits()
             if worth and left > 0:
                 with trio.move_on_after(left):
-                    await _end(child, order, hear)
+                    await _end(child, order, run, hear)
                     return
         child.kill("it did not acknowledge an abort")
     except RkvlmdError:

@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import h11
 import trio
@@ -33,6 +33,7 @@ MAX_HEAD_BYTES = 16384
 MAX_INTERIM = 8
 _CHUNK = 65536
 _REDIRECTS = {301, 302, 303, 307, 308}
+What = Literal["picture", "video"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ class Fetcher:
 
     It has no task of its own: each ``fetch`` runs in the task of its caller and
     ends when that is cancelled. At most ``media.max_fetches`` run at a time,
-    the others wait their turn; each holds at most ``media.max_image_bytes``.
+    the others wait their turn; each holds at most ``media.max_image_bytes``,
+    or ``media.max_video_bytes`` for a video.
     """
 
     def __init__(
@@ -104,6 +106,11 @@ class Fetcher:
         self._slots = trio.CapacityLimiter(settings.max_fetches)
         self._done = self._refused = self._failed = 0
 
+    def adopt(self, settings: MediaSettings) -> None:
+        """Take settings that were read again, for fetches to come."""
+        self._settings = settings
+        self._allowed = urls.Allowed(settings.allow)
+
     def statistics(self) -> FetcherStatistics:
         """Return the counts since the start."""
         slots = self._slots.statistics()
@@ -115,8 +122,12 @@ class Fetcher:
             failed=self._failed,
         )
 
-    async def fetch(self, url: str, field: str) -> bytes:
+    async def fetch(
+        self, url: str, field: str, *, what: What = "picture", most: int | None = None
+    ) -> bytes:
         """Return the body of ``url``; ``field`` is the JSON path that errors name.
+
+        ``most`` is the largest body, bytes; default ``media.max_image_bytes``.
 
         Raises:
           RkvlmdError: ``invalid_image_url`` for a URL that may not be fetched,
@@ -125,15 +136,15 @@ class Fetcher:
 
         """
         try:
-            return await self._fetch(url)
+            return await self._fetch(url, self._settings.max_image_bytes if most is None else most)
         except _Refused as exc:
             self._refused += 1
-            raise _error("invalid_image_url", str(exc), field) from None
+            raise _error("invalid_image_url", str(exc).replace("picture", what), field) from None
         except _Failed as exc:
             self._failed += 1
-            raise _error(exc.code, str(exc), field) from None
+            raise _error(exc.code, str(exc).replace("picture", what), field) from None
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _fetch(self, url: str, most: int) -> bytes:
         settings = self._settings
         if not settings.remote:
             raise _Refused(
@@ -146,26 +157,26 @@ class Fetcher:
             raise _Refused(str(exc)) from None
         async with self._slots:
             with trio.move_on_after(settings.fetch_seconds) as limit:
-                body = await self._follow(target)
+                body = await self._follow(target, most)
             if limit.cancelled_caught:
                 raise _Failed(f"the picture did not arrive within {settings.fetch_seconds:g} s")
         self._done += 1
         return body
 
-    async def _follow(self, target: urls.Target) -> bytes:
+    async def _follow(self, target: urls.Target, most: int) -> bytes:
         for _ in range(self._settings.max_redirects + 1):
-            answer = await self._hop(target)
+            answer = await self._hop(target, most)
             if isinstance(answer, bytes):
                 return answer
             target = answer
         raise _Failed(f"the server redirects more than {self._settings.max_redirects} times")
 
-    async def _hop(self, target: urls.Target) -> bytes | urls.Target:
+    async def _hop(self, target: urls.Target, most: int) -> bytes | urls.Target:
         """Ask once; return the body, or where to ask next."""
         try:
             stream = await self._open(target)
             try:
-                return await self._ask(target, stream)
+                return await self._ask(target, stream, most)
             finally:
                 await trio.aclose_forcefully(stream)
         except (OSError, ssl.SSLError, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -231,14 +242,16 @@ class Fetcher:
         if peer == urls.plain(_ip(connection.own)) and here not in self._allowed:
             _forbid()
 
-    async def _ask(self, target: urls.Target, stream: trio.abc.Stream) -> bytes | urls.Target:
+    async def _ask(
+        self, target: urls.Target, stream: trio.abc.Stream, most: int
+    ) -> bytes | urls.Target:
         connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         request = h11.Request(
             method="GET",
             target=target.path,
             headers=[
                 ("Host", target.authority),
-                ("Accept", "image/jpeg, image/png, image/webp, image/gif"),
+                ("Accept", "image/jpeg, image/png, image/webp, image/gif, video/mp4, video/webm"),
                 ("Accept-Encoding", "identity"),  # a compressed body could be a bomb
                 ("User-Agent", f"rkvlmd/{__version__}"),
                 ("Connection", "close"),
@@ -254,10 +267,10 @@ class Fetcher:
             return _redirect(target, response)
         if response.status_code != 200:
             raise _Failed(f"the server of the picture answers with status {response.status_code}")
-        return await self._body(response, receive)
+        return await self._body(response, receive, most)
 
-    async def _body(self, response: h11.Response, receive: _Receive) -> bytes:
-        most = self._settings.max_image_bytes
+    @staticmethod
+    async def _body(response: h11.Response, receive: _Receive, most: int) -> bytes:
         too_large = _Failed(
             f"the picture file is larger than {most} bytes", code="image_file_too_large"
         )

@@ -11,6 +11,8 @@ from rkvlmd.actors.policy import NORMAL
 from rkvlmd.messages import PRIORITIES, Ended, JobView, Timings, Usage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rkvlmd.errors import RkvlmdError
     from rkvlmd.messages import ChatRequest, EndReason, Phase
 
@@ -68,8 +70,11 @@ class Job:
     ``estimated``: nobody could count the prompt. ``ignored`` names the
     parameters that had no effect. ``seconds`` holds the time of each stage, by
     the names of ``messages.Timings``; ``leased``, ``first_token`` and
-    ``last_token`` are times of the loop's clock, ``ended_in`` the phase in
-    which its end came.
+    ``last_token`` are times of the loop's clock, as is ``phase_since``, when
+    the phase began; ``ended_in`` is the phase in which its end came.
+    ``on_phase`` hears of each new phase.
+    ``count_pixels`` takes the pixels of each picture that is ready,
+    ``count_bytes`` those of a download, and minus as many when they are gone.
     """
 
     id: str
@@ -81,7 +86,7 @@ class Job:
     adapter: str = ""
     rank: int = NORMAL
     text_bytes: int = 0
-    phase: Phase = "admitted"
+    phase_since: float = 0.0
     outbox: Outbox = field(default_factory=Outbox)
     checked: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -97,6 +102,24 @@ class Job:
     estimated: bool = False
     ignored: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    count_pixels: Callable[[int], None] = lambda _pixels: None
+    count_bytes: Callable[[int], None] = lambda _more: None
+    on_phase: Callable[[], None] = field(default=lambda: None, repr=False)
+    _phase: Phase = "admitted"
+
+    def __post_init__(self) -> None:
+        self.phase_since = self.submitted
+
+    @property
+    def phase(self) -> Phase:
+        """What happens to the job now."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        if phase != self._phase:
+            self._phase, self.phase_since = phase, trio.current_time()
+            self.on_phase()
 
     def abandon(self, why: EndReason) -> None:
         """End the job from outside. Sync, so a cancelled task's ``finally`` may call it.
@@ -140,4 +163,5 @@ class Job:
             completion_tokens=self.completion_tokens,
             stream=self.request.stream,
             priority=PRIORITIES[self.rank],
+            phase_age=trio.current_time() - self.phase_since,
         )

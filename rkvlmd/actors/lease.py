@@ -12,17 +12,23 @@ import trio
 from rkvlmd.actors.policy import NORMAL, History, Policy, Rules, View, Waiting, choose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Container
+
+    from rkvlmd.actors.loading import Loaded
+
+    #: Does something for one who waits while another holds the lease; false: nothing is left.
+    Ahead = Callable[[Loaded], Awaitable[bool]]
 
 
 class Grip:
     """Proof of holding the lease; released once, by whoever owns it then."""
 
-    __slots__ = ("_lease", "handed_over", "released", "ticket", "turn")
+    __slots__ = ("_lease", "ahead", "handed_over", "released", "ticket", "turn")
 
-    def __init__(self, lease: Lease, ticket: Waiting) -> None:
+    def __init__(self, lease: Lease, ticket: Waiting, ahead: Ahead | None = None) -> None:
         self._lease = lease
         self.ticket = ticket
+        self.ahead = ahead
         self.turn = trio.Event()
         self.handed_over = False
         self.released = False
@@ -37,21 +43,28 @@ class Grip:
 class Lease:
     """Exclusive, in the order of a policy; a waiter that is cancelled is forgotten.
 
-    ``loaded`` says which model is loaded, ``warm`` which prefixes its KV cache
-    holds; ``on_pass`` hears of each holder's end, with the seconds it held.
+    ``loaded`` says which model is loaded, ``warm`` which blocks of prompts its
+    KV cache holds (``wire.prefix``); ``on_pass`` hears of each holder's end,
+    with the seconds it held.
     """
 
     def __init__(self, rules: Rules | None = None, policy: Policy = choose) -> None:
         self._policy = policy
         self._rules = rules or Rules()
         self.loaded: Callable[[], str] = lambda: ""
-        self.warm: frozenset[str] = frozenset()
+        self.warm: Container[str] = frozenset()
         self.on_pass: Callable[[Waiting, float], None] = lambda _ticket, _seconds: None
         self._history = History()
         self._holder: Grip | None = None
         self._waiting: list[Grip] = []
         self._since = 0.0
         self._busy_before = 0.0
+        #: Set when the next one comes, then replaced.
+        self.arrival = trio.Event()
+
+    def adopt(self, rules: Rules) -> None:
+        """Take rules that were read again, from the next choice on."""
+        self._rules = rules
 
     @property
     def held(self) -> bool:
@@ -77,7 +90,15 @@ class Lease:
         """Return those who wait, in order of arrival."""
         return [grip.ticket for grip in self._waiting]
 
-    def ticket(self, client: str, model: str, rank: int = NORMAL, prefix: str = "") -> Waiting:
+    def next(self) -> Grip | None:
+        """Return whose turn would come now; ``None`` when nobody waits."""
+        if not self._waiting:
+            return None
+        return self._waiting[self._policy(self.tickets(), self.view()).index]
+
+    def ticket(
+        self, client: str, model: str, rank: int = NORMAL, prefix: tuple[str, ...] = ()
+    ) -> Waiting:
         """Return the ticket of one who comes now."""
         number = self._history.number
         return Waiting(client, model, trio.current_time(), rank, number, prefix=prefix)
@@ -88,10 +109,15 @@ class Lease:
 
     @asynccontextmanager
     async def hold(
-        self, client: str, model: str, rank: int = NORMAL, prefix: str = ""
+        self,
+        client: str,
+        model: str,
+        rank: int = NORMAL,
+        prefix: tuple[str, ...] = (),
+        ahead: Ahead | None = None,
     ) -> AsyncIterator[Grip]:
         """Wait for the lease; give it back at the end, unless it was handed over."""
-        grip = Grip(self, self.ticket(client, model, rank, prefix))
+        grip = Grip(self, self.ticket(client, model, rank, prefix), ahead)
         await self._acquire(grip)
         try:
             yield grip
@@ -101,6 +127,8 @@ class Lease:
 
     async def _acquire(self, grip: Grip) -> None:
         self._waiting.append(grip)
+        arrived, self.arrival = self.arrival, trio.Event()
+        arrived.set()
         if self._holder is None:
             self._give()
         try:

@@ -20,6 +20,7 @@ from rkvlmd.wire import child as wire
 
 if TYPE_CHECKING:
     from rkvlmd.actors.records import Record
+    from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,18 @@ class Part:
     starts: int = 0
 
     @property
+    def key(self) -> str:
+        """Which of the model's parts it is, the same over restarts."""
+        return f"{self.role}.{self.index}"
+
+    def resident(self) -> int:
+        """Return the bytes it holds; what lies in the NPU's memory is in no process's figure."""
+        if self.child is None:
+            return 0
+        held = memory.resident(self.child.pid)
+        return max(held, self.size) if self.npu and self.ready else held
+
+    @property
     def alive(self) -> bool:
         """Whether it takes orders."""
         return self.ready and self.child is not None and self.child.alive
@@ -64,7 +77,7 @@ class Part:
 
 @dataclass(eq=False, slots=True)
 class Loaded:
-    """The children of one model."""
+    """The children of one model; encoders may be there without the decoder."""
 
     parts: list[Part]
 
@@ -74,13 +87,23 @@ class Loaded:
         return all(part.alive for part in self.parts)
 
     @property
+    def decoding(self) -> bool:
+        """Whether the decoder exists, though it may have died."""
+        return any(part.child is not None for part in self.parts if part.role == "decoder")
+
+    @property
+    def missing(self) -> list[Part]:
+        """Those that do not exist."""
+        return [part for part in self.parts if part.child is None]
+
+    @property
     def children(self) -> list[Child]:
         """Those that exist."""
         return [part.child for part in self.parts if part.child is not None]
 
-    def child(self, role: str) -> Child:
-        """Return the (first) child of a role."""
-        part = next(p for p in self.parts if p.role == role)
+    def child(self, role: str, index: int = 0) -> Child:
+        """Return the child of a role; ``index`` is that of an encoder in the manifest."""
+        part = next(p for p in self.parts if p.role == role and p.index == index)
         assert part.child is not None
         return part.child
 
@@ -93,7 +116,7 @@ class Loaded:
                     "pid": part.child.pid,
                     "state": "ready" if part.alive else "starting",
                     "restarts": max(0, part.starts - 1),
-                    "memory_bytes": memory.resident(part.child.pid),
+                    "memory_bytes": part.resident(),
                     "info": part.info,
                 }
 
@@ -115,13 +138,17 @@ class Loader:
         self._settings = settings
         self._hashes = state / HASHES
         self._options = options
-        self._make_child = make_child or (lambda n, r: Child(n, r, settings.engine))
+        self._make_child = make_child or (lambda n, r: Child(n, r, self._settings.engine))
         self._remembered: dict[str, str] | None = None
         self.nursery: trio.Nursery | None = None
         #: Children of each role that were started in the place of one that had gone.
         self.restarts = {"encoder": 0, "decoder": 0}
         self.on_change: Callable[[], None] = lambda: None
         self.on_death: Callable[[str, ChildDiedError], None] = lambda _n, _d: None
+
+    def adopt(self, settings: Settings) -> None:
+        """Take settings that were read again; for children to come."""
+        self._settings = settings
 
     async def verify(self, record: Record) -> None:
         """Check the files' hashes, once per (inode, size, time of change).
@@ -182,7 +209,7 @@ class Loader:
 
         """
         if record.loaded is None:
-            record.loaded = Loaded(list(_parts(record)))
+            record.loaded = Loaded(list(parts_of(record.entry)))
         errors: list[LoadError] = []
 
         async def one(part: Part) -> None:
@@ -218,7 +245,10 @@ class Loader:
             folder=str(record.entry.folder),
             manifest=manifests.to_builtins(record.entry.manifest),
             part=part.index,
-            options={**self._engine_options(), **self._options(part.role)},
+            options={
+                **self._engine_options(record.entry.manifest.decoder.engine),
+                **self._options(part.role),
+            },
         )
 
         def progress(fraction: float, _doing: str) -> None:
@@ -250,7 +280,7 @@ class Loader:
         part.ready = True
         part.fraction = 1.0
 
-    def _engine_options(self) -> dict[str, Any]:
+    def _engine_options(self, engine: str) -> dict[str, Any]:
         """Return what every engine child is told."""
         npu = self._settings.npu
         return {
@@ -260,6 +290,7 @@ class Loader:
             "soc": npu.soc,
             "sampling": npu.sampling,
             "state": str(self._hashes.parent),
+            "conversations_bytes": conversations_bytes(self._settings, engine),
         }
 
     async def _keep(
@@ -278,11 +309,12 @@ class Loader:
         if was_ready and not stopped and child.death is not None:
             self.on_death(model, child.death)
 
-    async def take_down(self, loaded: Loaded) -> None:
-        """Stop all children and wait until they are gone."""
+    async def take_down(self, loaded: Loaded, role: str = "") -> None:
+        """Stop all children, or those of one role, and wait until they are gone."""
         async with trio.open_nursery() as nursery:
             for part in loaded.parts:
-                nursery.start_soon(self._stop, part)
+                if role in ("", part.role):
+                    nursery.start_soon(self._stop, part)
 
     async def _stop(self, part: Part) -> None:
         if part.child is not None:
@@ -290,21 +322,33 @@ class Loader:
             await part.child.dead.wait()
             part.child = None
             part.ready = False
+            part.info = {}
 
     def _progress(self, record: Record, fraction: float) -> None:
         record.progress = max(record.progress, min(1.0, fraction))
         self.on_change()
 
 
-def _parts(record: Record) -> Iterator[Part]:
-    manifest, folder = record.entry.manifest, record.entry.folder
+def parts_of(entry: Entry) -> Iterator[Part]:
+    """Return what a model's load starts, none of it running."""
+    manifest, folder = entry.manifest, entry.folder
     for index, encoder in enumerate(manifest.encoders):
-        name = f"encoder:{record.name}" + (f".{index}" if index else "")
+        name = f"encoder:{entry.name}" + (f".{index}" if index else "")
         npu = encoder.engine == "rknn"
-        yield Part(name, "encoder", index, _size(folder / encoder.file), npu)
-    size = sum(_size(folder / f.file) for f in manifest.decoder.files.values())
+        more = [encoder.projector] if encoder.projector is not None else []
+        files = [encoder.file, *(f.file for f in (*more, *encoder.data))]
+        yield Part(name, "encoder", index, sum(_size(folder / f) for f in files), npu)
+    files = [f.file for f in manifest.decoder.files.values()]
+    files += [adapter.file for adapter in manifest.decoder.adapters]
+    size = sum(_size(folder / f) for f in files)
     npu = manifest.decoder.engine == "rkllm"
-    yield Part(f"decoder:{record.name}", "decoder", 0, size, npu)
+    yield Part(f"decoder:{entry.name}", "decoder", 0, size, npu)
+
+
+def conversations_bytes(settings: Settings, engine: str) -> int:
+    """Return how much a decoder of this engine may keep of other conversations."""
+    section = settings.npu if engine == "rkllm" else settings.cache
+    return section.conversations_bytes
 
 
 def _size(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from rkvlmd.errors import RkvlmdError
 
 #: What a child needs besides files and cache: interpreter, library, buffers (design: 150 MB).
 OVERHEAD_BYTES = 150_000_000
+#: Addresses of one IOMMU domain of the NPU (driver 0.9.8); every vision encoder is in domain 0.
+DOMAIN_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +72,55 @@ def resident(pid: int, root: Path = Path("/")) -> int:
     return 0
 
 
-def admit(name: str, *, need: int, freed: int, reserve: int, now: Room) -> None:
-    """Refuse a load of ``need`` bytes that does not fit.
+def crowd(own: int, kept: Sequence[tuple[str, int]]) -> list[str]:
+    """Say which models must give up kept encoders that would not fit beside ``own`` bytes.
 
-    ``freed`` is what the swap gives back before.
+    Both count what lies in the NPU's domain of the encoders; ``kept`` as for ``admit``.
+    """
+    left = sum(size for _, size in kept) + own
+    leaving = []
+    for other, size in kept:
+        if left <= DOMAIN_BYTES:
+            break
+        if size:
+            leaving.append(other)
+            left -= size
+    return leaving
+
+
+def admit(
+    name: str,
+    *,
+    need: int,
+    freed: int,
+    reserve: int,
+    now: Room,
+    kept: Sequence[tuple[str, int]] = (),
+    budget: int = 0,
+    used: int = 0,
+) -> list[str]:
+    """Say which models must give up their kept encoders for a load of ``need`` bytes.
+
+    ``freed`` is what the swap gives back before. ``kept`` are the models that
+    keep encoders, and their bytes, the least recently used first: they leave
+    in that order, as few as will do. ``budget`` bounds all models together (0:
+    no bound); ``used`` is what they hold now.
 
     Raises:
-      RkvlmdError: ``insufficient_memory``, with the figures in MB.
+      RkvlmdError: ``insufficient_memory``, with the figures in MB, where even
+        all of them leaving would not do; then none need leave.
 
     """
-    have = now.bytes + freed - reserve
+    have = now.bytes - reserve
+    if budget:
+        have = min(have, budget - used)
+    have += freed
+    leaving = []
+    for other, size in kept:
+        if need <= have:
+            break
+        leaving.append(other)
+        have += size
     if need > have:
         raise RkvlmdError(
             "insufficient_memory",
@@ -86,3 +128,4 @@ def admit(name: str, *, need: int, freed: int, reserve: int, now: Room) -> None:
             f" {max(0, have) // 1_000_000} MB may be used.",
             retry_after=60,
         )
+    return leaving

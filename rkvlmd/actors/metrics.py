@@ -69,6 +69,10 @@ class Counter(Family):
         """Count ``by`` more."""
         self.values[labels] = self.values.get(labels, 0) + by
 
+    def sum(self) -> float:
+        """Return the count of all labels together."""
+        return sum(self.values.values())
+
 
 class Series:
     """One histogram: ``counts`` of each bucket (the last one is above all), and the sum."""
@@ -160,6 +164,12 @@ class Metrics:
         self.answer_sizes = Histogram(
             "request_generation_tokens", "Generated tokens of a request.", TOKENS, MODEL
         )
+        self.steps = Histogram(
+            "iteration_tokens_total", "Tokens of one step: a prefill, or one token.", TOKENS, MODEL
+        )
+        self.answers = Histogram(
+            "request_params_n", "Answers that a request asks for: always 1.", (1, 2, 5), MODEL
+        )
         self.limits = Histogram(
             "request_params_max_tokens", "Most tokens that a request may generate.", TOKENS, MODEL
         )
@@ -192,9 +202,11 @@ class Metrics:
         if job.last_token is not None:
             gap = (now - job.last_token) / tokens
             self.inter_token.observe(gap, job.model, count=tokens)
+            self.steps.observe(1, job.model, count=tokens)
         else:
             job.first_token = now
             self.first_token.observe(now - job.submitted, job.model)
+            self.steps.observe(job.prompt_tokens - job.cached_tokens + tokens, job.model)
         job.last_token = now
 
     def end(self, job: Job, ended: Ended) -> None:
@@ -212,6 +224,7 @@ class Metrics:
         self.queue.observe(seconds.queue, model)
         self.prompt_sizes.observe(usage.prompt_tokens, model)
         self.limits.observe(job.max_tokens, model)
+        self.answers.observe(1, model)
         if "prefill" in job.seconds or job.first_token is not None:
             self.prompt_tokens.add(model, by=usage.prompt_tokens)
             self.prefix_queries.add(model, by=usage.prompt_tokens)

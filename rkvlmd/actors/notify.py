@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, MutableMapping
 
 import trio
@@ -38,6 +39,10 @@ class Notify:
     def ready(self) -> None:
         """Both fronts listen."""
         self._send("READY=1")
+
+    def reloading(self) -> None:
+        """The settings are read again; ``ready`` says that it is done."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def status(self, text: str) -> None:
         """One line for ``systemctl status``."""

@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.actors import engine, prepare
+from rkvlmd.actors import engine, prepare, videos
 from rkvlmd.actors.child import ChildDiedError
 from rkvlmd.actors.crashes import content_key
+from rkvlmd.actors.embeddings import Rows
 from rkvlmd.actors.metrics import Metrics
+from rkvlmd.actors.overlap import Overlap
+from rkvlmd.actors.warm import Warm
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import EndReason
 from rkvlmd.models import rkllm
 from rkvlmd.wire import child as wire
+from rkvlmd.wire import prefix
 
 if TYPE_CHECKING:
     from rkvlmd.actors.crashes import CrashMemory
-    from rkvlmd.actors.embeddings import EmbeddingCache, Rows
+    from rkvlmd.actors.embeddings import EmbeddingCache
     from rkvlmd.actors.fetcher import Fetcher
     from rkvlmd.actors.job import Job
     from rkvlmd.actors.lease import Grip, Lease
     from rkvlmd.actors.loading import Loaded
     from rkvlmd.actors.prep import Prep
-    from rkvlmd.actors.prepare import Picture
+    from rkvlmd.actors.prepare import View
     from rkvlmd.actors.residency import Residency
     from rkvlmd.actors.slots import Slot
-    from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tools:
-    """What a job needs of the house."""
+    """What a job needs of the house; ``settings`` change with a reload."""
 
     settings: Settings
     fetcher: Fetcher
@@ -47,6 +51,8 @@ class Tools:
     cache: EmbeddingCache
     crashes: CrashMemory
     metrics: Metrics = field(default_factory=Metrics)
+    warm: Warm = field(default_factory=Warm)
+    overlap: Overlap = field(default_factory=lambda: Overlap(on=False))
 
 
 async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
@@ -57,28 +63,42 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
 
     """
     entry = tools.residency.entry(job.model)
-    if job.request.pictures and not entry.manifest.encoders:
-        raise RkvlmdError(
-            "invalid_request", f"The model '{job.model}' takes no pictures.",
-            param=job.request.pictures[0].field,
-        )  # fmt: skip
+    videos.check(job, entry, tools.residency.decoder_info(job.model))
     with ExitStack() as stack:
-        pictures = await prepare.pictures(job, entry, tools, stack)
-        slot.resize(job.text_bytes + sum(p.pixels.blob.size for p in pictures))
+        job.count_pixels, job.count_bytes = slot.add_pixels, slot.add_bytes
+        frames = await videos.expand(job, slot, entry, tools, stack)
+        pictures = await prepare.pictures(job, entry, tools, stack, frames.files)
+        pictures = videos.grouped(job, pictures, frames, entry)
+        slot.resize(job.text_bytes)
         crash_key = content_key(job.request.turns, (p.sha256 for p in pictures))
         tools.crashes.check(crash_key)
         prompt = await prepare.prompt(job, entry, tools, pictures)
         limit = job.max_tokens = prepare.limit(job, entry, tools.settings)
         order = prepare.order(job, entry, prompt, pictures, limit)
+        prepare.check_rows(entry, pictures, tools.settings.queue.max_embedding_bytes)
         info = tools.residency.decoder_info(job.model)
         job.ignored += tuple(rkllm.without_effect(entry.manifest, order, order.seed, info))
         job.phase = "waiting"
         job.checked.set()
         queued = trio.current_time()
-        async with tools.lease.hold(job.client, job.model, job.rank) as grip:
+        views = {view.key: view for picture in pictures for view in picture.views}
+        stack.enter_context(tools.cache.wanted(views))
+        kept = [v for v in views.values() if tools.cache.keeps(prepare.row_bytes(entry, v))]
+        ahead = partial(_ahead, job, kept, tools, set()) if kept else None
+        async with tools.lease.hold(job.client, job.model, job.rank, _names(order), ahead) as grip:
             job.spent("queue", queued)
             job.leased = trio.current_time()
-            return await _with_lease(job, entry, tools, pictures, order, grip, crash_key)
+            try:
+                return await _with_lease(job, tools, views, order, grip, crash_key)
+            finally:
+                tools.residency.used(job.model, job.request.keep_alive)
+
+
+def _names(order: wire.Generate) -> prefix.Chain:
+    """Return the names of the prompt's blocks, as its decoder will name what it holds."""
+    if order.prompt:
+        return prefix.of_text(order.prompt, order.spans, order.adapter)
+    return prefix.of_tokens(order.tokens, order.spans, order.adapter)
 
 
 # --- with the lease ------------------------------------------------------------------
@@ -86,25 +106,26 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
 
 async def _with_lease(
     job: Job,
-    entry: Entry,
     tools: Tools,
-    pictures: list[Picture],
+    views: dict[str, View],
     order: wire.Generate,
     grip: Grip,
     crash_key: str,
 ) -> EndReason:
     """Load if need be, encode, generate; once more if a child died before the first token."""
-    by_key = {picture.key: picture for picture in pictures}
     for last in (False, True):
         try:
             job.phase = "loading"
             began = trio.current_time()
             loaded = await tools.residency.ensure(job.model, grip)
             job.spent("load", began)
+            # Only now it is sure which version of a library there is.
+            entry = tools.residency.entry(job.model)
+            videos.check(job, entry, tools.residency.decoder_info(job.model))
             with ExitStack() as stack:
                 rows = []
                 for span in order.spans:
-                    rows.append(await _rows(job, by_key[span.key], loaded, tools))
+                    rows.append(await encoded(job, views[span.key], loaded, tools))
                     stack.callback(rows[-1].blob.close)
                 return await _generate(job, order, rows, loaded, tools)
         except ChildDiedError:
@@ -115,18 +136,18 @@ async def _with_lease(
     raise AssertionError("unreachable")
 
 
-async def _rows(job: Job, picture: Picture, loaded: Loaded, tools: Tools) -> Rows:
-    """Return a picture's rows, which the caller owns; encode it unless that was done before."""
+async def encoded(job: Job, view: View, loaded: Loaded, tools: Tools) -> Rows:
+    """Return a view's rows, which the caller owns; encode it unless that was done before."""
     began = trio.current_time()
-    rows = tools.cache.get(picture.key)
-    if rows is not None:
+
+    async def make() -> Rows:
+        job.phase = "encoding"
+        return await _encode(job, view, loaded, tools)
+
+    rows, there = await tools.cache.get_or_make(view.key, make)
+    if there:
         tools.metrics.picture_encode.observe(trio.current_time() - began, "hit")
         return rows
-    job.phase = "encoding"
-    rows, _ = await engine.encode(loaded.child("encoder"), picture.pixels, tools.settings.engine)
-    job.spent("encode", began)
-    tools.metrics.picture_encode.observe(trio.current_time() - began, "miss")
-    tools.cache.put(picture.key, rows)
     try:
         # The encode could not be interrupted: the client may have gone meanwhile.
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -134,6 +155,31 @@ async def _rows(job: Job, picture: Picture, loaded: Loaded, tools: Tools) -> Row
         rows.blob.close()
         raise
     return rows
+
+
+async def _encode(job: Job, view: View, loaded: Loaded, tools: Tools) -> Rows:
+    began = trio.current_time()
+    child = loaded.child("encoder", view.encoder)
+    rows, _ = await engine.encode(child, view.pixels, tools.settings.engine, view.patches)
+    job.spent("encode", began)
+    tools.metrics.picture_encode.observe(trio.current_time() - began, "miss")
+    return rows
+
+
+async def _ahead(
+    job: Job, views: list[View], tools: Tools, tried: set[str], loaded: Loaded
+) -> bool:
+    """Encode one view of a job that waits, beside another job's decode; false: all are there."""
+    view = next((v for v in views if v.key not in tools.cache and v.key not in tried), None)
+    if view is None:
+        return False
+    tried.add(view.key)
+    # The job may go while its pixels are being read.
+    with view.pixels.blob.duplicate() as blob:
+        mine = replace(view, pixels=Rows(blob, view.pixels.tensor))
+        rows, _ = await tools.cache.get_or_make(view.key, lambda: _encode(job, mine, loaded, tools))
+        rows.blob.close()
+    return True
 
 
 async def _generate(
@@ -144,6 +190,7 @@ async def _generate(
     job.phase = "prefill"
 
     def on_prefilled(message: wire.Prefilled) -> None:
+        decoding.set()
         job.cached_tokens = message.cached
         job.phase = "generating"
         job.seconds["prefill"] = message.seconds
@@ -165,16 +212,27 @@ async def _generate(
         on_prefilled, on_text, somebody_waits=lambda: tools.lease.waiting > 0
     )
     pace = tools.residency.pace(job.model)
-    done = await engine.generate(
-        child, _numbered(order, child.next_id()), rows, tools.settings.engine, pace, generation
-    )
-    _account(job, done)
-    if done.recycle:
-        child.kill("its library leaks, so it is replaced")
-    job.seconds["generate"] = trio.current_time() - began
-    if done.reason == "aborted":
-        raise RkvlmdError("engine_error", "The engine stopped although nobody asked it to.")
-    tools.residency.completed(job.model)
+    async with tools.overlap.beside(tools.lease, loaded) as decoding:
+        try:
+            done = await engine.generate(
+                child,
+                _numbered(order, child.next_id()),
+                rows,
+                tools.settings.engine,
+                pace,
+                generation,
+            )
+        finally:
+            tools.warm.learn(child, generation.done)
+        _account(job, done)
+        if done.recycle:
+            child.kill("its library leaks, so it is replaced")
+        job.seconds["generate"] = trio.current_time() - began
+        if done.reason == "aborted":
+            raise RkvlmdError("engine_error", "The engine stopped although nobody asked it to.")
+        tools.residency.completed(job.model)
+        # The reader need not wait for what is encoded for somebody else.
+        job.finish(done.reason)
     return done.reason
 
 

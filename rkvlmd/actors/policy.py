@@ -35,7 +35,7 @@ starts after the job that runs, or one turn of the client that runs not, and at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rkvlmd.messages import PRIORITIES
@@ -51,9 +51,9 @@ class Waiting:
     ``since`` is the loop's clock, seconds. ``rank`` is the class, 0 the best
     (an index into ``messages.PRIORITIES``). ``arrived`` is the number of the
     latest service when it came, ``overtaken`` how often somebody was served
-    before it who stood behind. ``prefix`` names what it continues: where
-    ``View.warm`` holds the same name, it needs hardly any prefill; empty: it
-    continues nothing.
+    before it who stood behind. ``prefix`` names the blocks of its prompt
+    (``wire.prefix``): where ``View.warm`` holds at least half of them, the
+    KV cache saves it most of its prefill; empty: it has nothing to save.
     """
 
     client: str
@@ -62,7 +62,7 @@ class Waiting:
     rank: int = NORMAL
     arrived: int = 0
     overtaken: int = 0
-    prefix: str = ""
+    prefix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +103,12 @@ class View:
     """What the policy looks at besides those who wait.
 
     ``now`` is the loop's clock, seconds; ``loaded`` the model that is loaded
-    (empty: none); ``warm`` names the prefixes that its KV cache holds.
+    (empty: none); ``warm`` names the blocks that its KV cache holds.
     """
 
     now: float
     loaded: str = ""
-    warm: frozenset[str] = frozenset()
+    warm: Container[str] = frozenset()
     history: History = field(default_factory=History)
     rules: Rules = field(default_factory=Rules)
 
@@ -148,7 +148,9 @@ def affinity(ticket: Waiting, view: View) -> int:
     """Return 2 for a prefix that is warm, 1 for the loaded model, 0 for a swap and maintenance."""
     if not ticket.model or ticket.model != view.loaded:
         return 0
-    return _MOST if ticket.prefix and ticket.prefix in view.warm else 1
+    # Each name stands for everything before it: the one in the middle says enough.
+    names = ticket.prefix
+    return _MOST if names and names[(len(names) - 1) // 2] in view.warm else 1
 
 
 def ahead(waiting: Sequence[Waiting], view: View, newcomer: Waiting) -> int:

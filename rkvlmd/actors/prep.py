@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Done = wire.PictureDone | wire.RenderDone
+Done = wire.PictureDone | wire.VideoDone | wire.RenderDone
 Build = Callable[[int], wire.ToChild]
 
 
@@ -93,6 +93,10 @@ class Prep:
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             await trio.sleep_forever()
+
+    def adopt(self, settings: Settings) -> None:
+        """Take settings that were read again; children that are there stay as they are."""
+        self._settings = settings
 
     async def wait_idle(self) -> None:
         """Return when no order waits and every child is idle or gone."""

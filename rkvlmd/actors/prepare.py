@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,24 +18,63 @@ from rkvlmd.actors.prep import PrepDiedError
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import PicturePart, Sampling, TextPart
 from rkvlmd.models import manifest as manifests
+from rkvlmd.models import views
 from rkvlmd.wire import child as wire
 
 if TYPE_CHECKING:
+    from rkvlmd.actors.blobs import Blob
     from rkvlmd.actors.job import Job
     from rkvlmd.actors.pipeline import Tools
     from rkvlmd.messages import PictureSource, Turn
     from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
+#: Manifests that are kept ready for frames.
+_MOST_KEPT = 8
+
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that is ready for its encoder; ``key`` is that of its rows."""
+class View:
+    """What one encoder is to see of a picture; ``key`` is that of its rows.
+
+    ``encoder`` is its index, ``patches`` and ``grid`` as in ``wire.child.View``.
+    """
 
     pixels: Rows
     key: str
-    sha256: str
+    encoder: int
     tokens: int
+    patches: tuple[int, int, int] | None = None
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that is ready for its encoders; ``layout`` stands at its place in the prompt.
+
+    ``video`` is the number of the video whose frames are the views, for engines
+    that take videos.
+    """
+
+    views: tuple[View, ...]
+    layout: tuple[str | int, ...]
+    sha256: str
+    video: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of all views."""
+        return sum(view.tokens for view in self.views)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all views, three values each."""
+        return sum(-(-math.prod(view.pixels.tensor.shape) // 3) for view in self.views)
+
+    def close(self) -> None:
+        """Give the pixels back."""
+        for view in self.views:
+            view.pixels.blob.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +82,18 @@ class Prompt:
     """The tokens of the whole conversation and where the pictures' rows go; RKLLM: as text."""
 
     tokens: list[int]
-    spans: list[tuple[int, int, int]]
+    spans: list[tuple[int, int, int, int]]
     text: str = ""
     count: int = 0
 
 
-async def pictures(job: Job, entry: Entry, tools: Tools, stack: ExitStack) -> list[Picture]:
-    """Fetch and decode all pictures, in parallel; the first bad one ends the job."""
+async def pictures(
+    job: Job, entry: Entry, tools: Tools, stack: ExitStack, files: Mapping[int, Blob] = {}
+) -> list[Picture]:
+    """Fetch and decode all pictures, in parallel; the first bad one ends the job.
+
+    ``files`` are those that are here already, by picture.
+    """
     sources = job.request.pictures
     if not sources:
         return []
@@ -63,12 +110,13 @@ async def pictures(job: Job, entry: Entry, tools: Tools, stack: ExitStack) -> li
 
         async def one(index: int, source: PictureSource) -> None:
             try:
-                picture = await _picture(job, source, entry, tools)
+                picture = await _picture(job, source, entry, tools, files.get(index))
+                stack.callback(picture.close)
+                job.count_pixels(picture.pixels)
             except RkvlmdError as exc:
                 errors[index] = exc
                 nursery.cancel_scope.cancel(reason="a picture is bad")
                 return
-            stack.callback(picture.pixels.blob.close)
             found[index] = picture
 
         job.phase = "preparing"
@@ -90,29 +138,38 @@ async def pictures(job: Job, entry: Entry, tools: Tools, stack: ExitStack) -> li
     return [found[index] for index in range(len(sources))]
 
 
-async def _picture(job: Job, source: PictureSource, entry: Entry, tools: Tools) -> Picture:
+async def _picture(
+    job: Job, source: PictureSource, entry: Entry, tools: Tools, file: Blob | None
+) -> Picture:
     media = tools.settings.media
     encoding: Any = "base64"
+    held = 0
     try:
-        if source.kind == "url":
+        if file is not None:
+            blob, encoding = file, "raw"
+        elif source.kind == "url":
             began = trio.current_time()
             job.phase = "fetching"
             data = await tools.fetcher.fetch(source.data, source.field)
             job.phase = "preparing"
             job.spent("fetch", began)
+            job.count_bytes(len(data))
+            held = len(data)
             blob = await blobs.from_bytes(data, "picture")
+            del data
             encoding = "raw"
         else:
             blob = await blobs.from_text(source.data, "picture")
-        encoder = entry.manifest.encoders[0]
-        plain = manifests.to_builtins(encoder)
+        plain = plain_of(entry)
 
         def build(number: int) -> wire.Picture:
             return wire.Picture(
                 id=number,
                 encoding=encoding,
-                encoder=plain,
-                max_bytes=media.max_image_bytes,
+                manifest=plain,
+                detail=source.detail,
+                # A frame was measured when it was taken, by other limits.
+                max_bytes=media.max_image_bytes if file is None else blob.size,
                 max_pixels=media.max_pixels,
                 min_side=media.min_side,
                 max_aspect=media.max_aspect,
@@ -125,35 +182,106 @@ async def _picture(job: Job, source: PictureSource, entry: Entry, tools: Tools) 
     except RkvlmdError as exc:
         exc.param = exc.param or source.field
         raise
+    finally:
+        job.count_bytes(-held)
     assert isinstance(done, wire.PictureDone)
-    if len(results) != 1 or len(done.tensors) != 1 or done.tokens != encoder.tokens:
+    if not _expected(done, len(results), entry):
         for result in results:
             result.close()
         raise RkvlmdError("server_error", "A picture came back in an unknown shape.")
-    key = row_key(done.sha256, manifests.preparation_key(encoder))
-    return Picture(Rows(results[0], done.tensors[0]), key, done.sha256, done.tokens)
+    return Picture(
+        tuple(_views(done, results, entry, source.detail, exact=media.exact)),
+        tuple(done.layout),
+        done.sha256,
+    )
+
+
+def plain_of(entry: Entry) -> dict[str, Any]:
+    """Return the manifest for a frame; turning it over costs more than all else of an order."""
+    return _turned(entry.digest, entry.manifest)
+
+
+_kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+
+def _turned(digest: str, manifest: manifests.Manifest) -> dict[str, Any]:
+    if digest not in _kept:
+        _kept[digest] = manifests.to_builtins(manifest)
+        while len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
+    return _kept[digest]
+
+
+def _expected(done: wire.PictureDone, descriptors: int, entry: Entry) -> bool:
+    """Whether each view has its pixels and its place, and no more rows than its encoder gives."""
+    encoders = entry.manifest.encoders
+    places = [item for item in done.layout if isinstance(item, int)]
+    return (
+        descriptors == len(done.views) > 0
+        and sorted(places) == list(range(len(done.views)))
+        and all(
+            view.encoder < len(encoders) and 0 < view.tokens <= encoders[view.encoder].tokens
+            for view in done.views
+        )
+    )
+
+
+def _views(
+    done: wire.PictureDone,
+    results: list[Blob],
+    entry: Entry,
+    detail: views.Detail,
+    *,
+    exact: bool,
+) -> Iterator[View]:
+    """Yield each view with the key of its rows: the file, the rule that cut it, which cut it is."""
+    manifest = entry.manifest
+    rule = manifests.preparation_key(manifest.encoders[views.choose(manifest, detail)])
+    for number, (view, blob) in enumerate(zip(done.views, results, strict=True)):
+        own = manifests.preparation_key(manifest.encoders[view.encoder])
+        key = row_key(done.sha256, f"{rule} {own} {number} of {len(results)} {exact:d}")
+        pixels = Rows(blob, view.tensor)
+        yield View(pixels, key, view.encoder, view.tokens, view.patches, view.grid)
 
 
 async def prompt(job: Job, entry: Entry, tools: Tools, pictures: list[Picture]) -> Prompt:
-    """Render and count; the prompt must leave room for one token at least."""
+    """Render and count; pictures that alone fill the context are refused before."""
     began = trio.current_time()
-    plain = manifests.to_builtins(entry.manifest)
+    image_tokens, context = sum(p.tokens for p in pictures), entry.manifest.decoder.context
+    if image_tokens >= context:
+        raise _too_long(image_tokens, context, image_tokens, len(pictures))
+    found = await rendered(entry, tools, job.request.turns, pictures)
+    job.prompt_tokens = len(found.tokens) or found.count
+    job.estimated = not found.tokens
+    job.image_tokens = image_tokens
+    job.spent("prepare", began)
+    return found
+
+
+async def rendered(
+    entry: Entry, tools: Tools, turns: Sequence[Turn], pictures: Sequence[Picture]
+) -> Prompt:
+    """Return the prompt of a conversation; its parts point into ``pictures``."""
+    plain = plain_of(entry)
 
     def build(number: int) -> wire.Render:
         return wire.Render(
             id=number,
             folder=str(entry.folder),
             manifest=plain,
-            turns=[_turn(turn) for turn in job.request.turns],
-            pictures=[picture.tokens for picture in pictures],
+            turns=[_turn(turn) for turn in turns],
+            pictures=[
+                wire.Laid(
+                    layout=list(picture.layout),
+                    tokens=[view.tokens for view in picture.views],
+                    video=picture.video is not None,
+                )
+                for picture in pictures
+            ],
         )
 
     done, _ = await tools.prep.do(build, [], expect=wire.RenderDone)
     assert isinstance(done, wire.RenderDone)
-    job.prompt_tokens = len(done.tokens) or done.count
-    job.estimated = not done.tokens
-    job.image_tokens = sum(picture.tokens for picture in pictures)
-    job.spent("prepare", began)
     return Prompt(done.tokens, done.spans, done.prompt, done.count)
 
 
@@ -172,14 +300,57 @@ def limit(job: Job, entry: Entry, settings: Settings) -> int:
     context = entry.manifest.decoder.context
     left = context - job.prompt_tokens
     if left < 1:
-        raise RkvlmdError(
-            "context_length_exceeded",
-            f"The prompt has {job.prompt_tokens} tokens, but the model's context holds"
-            f" {context} tokens, prompt and answer together.",
-            param="messages",
-        )
+        raise _too_long(job.prompt_tokens, context, job.image_tokens, len(job.request.pictures))
     default = entry.manifest.defaults.max_tokens or settings.models.max_tokens
     return min(left, job.request.max_tokens or default)
+
+
+def _too_long(tokens: int, context: int, image_tokens: int, pictures: int) -> RkvlmdError:
+    """Return the error with both numbers, and what to lower."""
+    said = (
+        f"The prompt has {tokens} tokens, but the model's context holds {context} tokens, prompt"
+        " and answer together."
+    )
+    if 2 * image_tokens > tokens:
+        said += (
+            f" {image_tokens} of them are those of {pictures} pictures: send fewer pictures, or"
+            " with detail 'low' where the model makes fewer tokens of them."
+        )
+    return RkvlmdError("context_length_exceeded", said, param="messages")
+
+
+def row_bytes(entry: Entry, view: View) -> int:
+    """Return how many bytes the rows of a view have: float32, of every output of its encoder."""
+    manifest = entry.manifest
+    return view.tokens * manifest.encoders[view.encoder].outputs * manifest.decoder.embedding * 4
+
+
+def check_rows(entry: Entry, pictures: list[Picture], most: int) -> None:
+    """Check that the embeddings of all pictures together are no more than ``most`` bytes.
+
+    Raises:
+      RkvlmdError: ``too_many_images``, with both numbers.
+
+    """
+    size = sum(row_bytes(entry, view) for picture in pictures for view in picture.views)
+    if size > most:
+        raise RkvlmdError(
+            "too_many_images",
+            f"The embeddings of these pictures are {size} bytes, but one request may have {most}"
+            " (queue.max_embedding_bytes).",
+            param="messages",
+        )
+
+
+def spans(prompt: Prompt, pictures: Sequence[Picture]) -> list[wire.Span]:
+    """Return the places of all views in a prompt."""
+    return [
+        wire.Span(
+            start=start, count=count, key=view.key, grid=view.grid, video=pictures[index].video
+        )
+        for start, count, index, number in prompt.spans
+        for view in [pictures[index].views[number]]
+    ]
 
 
 def order(
@@ -199,10 +370,7 @@ def order(
         prompt=prompt.text,
         count=prompt.count,
         adapter=job.adapter,
-        spans=[
-            wire.Span(start=start, count=count, key=pictures[index].key)
-            for start, count, index in prompt.spans
-        ],
+        spans=spans(prompt, pictures),
         max_tokens=limit,
         stop=list(job.request.stop),
         seed=asked.seed,

@@ -1,252 +1,80 @@
-"""Which models are loaded, and how they come and go.
+"""Which models are loaded: the owner's orders, and what leaves by itself.
 
-Everything that changes what is loaded happens under the lease. A load belongs
-to the daemon: whoever asked for it may leave.
+The table of models is in ``table``, loads and failures are in ``loads``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.actors import memory
-from rkvlmd.actors.loading import Loaded, Loader, LoadError
-from rkvlmd.actors.table import ModelTable
+from rkvlmd.actors.ledger import Memo
+from rkvlmd.actors.loads import Loads
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.messages import ModelState, ModelView
+from rkvlmd.messages import ModelState, ModelView, Rescan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from rkvlmd.actors.child import ChildDiedError
-    from rkvlmd.actors.lease import Grip, Lease
     from rkvlmd.actors.records import Record
     from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: Shortest pause before a model that should leave, but for which somebody waits, is looked at
+#: again, seconds.
+_RETRY = 1.0
 
-class Residency(ModelTable):
+
+class Residency(Loads):
     """Owns the table of models and their children; started once by the daemon."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        entries: Mapping[str, Entry],
-        lease: Lease,
-        loader: Loader,
-        *,
-        room: Callable[[], memory.Room] = memory.room,
-    ) -> None:
-        super().__init__(settings, entries)
-        self._lease = lease
-        self._loader = loader
-        self._room = room
-        self._nursery: trio.Nursery | None = None
-        self.on_unload: Callable[[str], None] = lambda _name: None
-        lease.loaded = self.loaded_name
-        loader.on_change = self._note
-        loader.on_death = self._child_died
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the models until cancelled; children leave with it."""
+        memos = await self._ledger.read()
         async with trio.open_nursery() as self._nursery:
             self._loader.nursery = self._nursery
+            self._recall(memos)
             for name in self._settings.models.preload:
                 if name in self._records:
                     self._begin(self._records[name])
                 else:
                     log.error("models.preload: there is no model %r", name)
+            self._nursery.start_soon(self._leave_when_idle, name="idle models")
+            self._nursery.start_soon(self._leave_under_pressure, name="memory pressure")
             task_status.started()
             await trio.sleep_forever()
 
-    @property
-    def restarts(self) -> dict[str, int]:
-        """How many children of each role were started in the place of one that had gone."""
-        return self._loader.restarts
+    def _recall(self, memos: Mapping[str, Memo]) -> None:
+        """Take over what was remembered; a pinned model is loaded again."""
+        for name, memo in memos.items():
+            record = self._records.get(name)
+            if record is None:
+                if memo.pinned:
+                    log.error("the pinned model %r is not installed any more", name)
+                continue
+            pinned = memo.pinned and self._pinned() is None
+            current = memo.digest == record.entry.digest
+            record.memo = memo if current else Memo()
+            record.memo.pinned = pinned
+            if pinned:
+                self._begin(record)
 
-    # --- loads --------------------------------------------------------------------
-
-    async def ensure(self, name: str, grip: Grip) -> Loaded:
-        """Return the model with all its children alive; the caller holds the lease.
-
-        A cancelled caller leaves the lease to the load, which goes on.
-
-        Raises:
-          RkvlmdError: why it cannot be had.
-
-        """
-        record = self._record(name)
-        self.admit(name)
-        if record.loaded is not None and record.loaded.alive:
-            return record.loaded
-        load = self._start(record, grip)
-        try:
-            await load.wait()
-        except trio.Cancelled:
-            if not load.is_set():
-                record.grip = grip
-                grip.handed_over = True
-            raise
-        if record.loaded is not None and record.loaded.alive:
-            return record.loaded
-        if record.held:
-            self.admit(name)
-        raise record.error or self._failed(record, self._heal_wait(record))
-
-    def _start(self, record: Record, grip: Grip) -> trio.Event:
-        """Begin a load under a lease that is held."""
-        assert self._nursery is not None
-        record.load = load = trio.Event()
-        record.load_scope = trio.CancelScope()
-        record.grip = None
-        record.owner = grip
-        self._nursery.start_soon(self._load, record, load, name=f"load:{record.name}")
-        return load
-
-    async def _load(self, record: Record, load: trio.Event) -> None:
-        """Swap, check memory, start children; always ends with ``load`` set."""
-        self._set(record, ModelState.LOADING)
-        record.error = None
-        began = trio.current_time()
-        try:
-            with record.load_scope:
-                try:
-                    await self._bring_up(record)
-                except LoadError as exc:
-                    if not exc.died:
-                        raise
-                    log.error("%s: trying once more: %s", record.name, exc)  # noqa: TRY400 - the traceback says nothing
-                    await self._bring_up(record)
-                record.pace.load_seconds = trio.current_time() - began
-                self._set(record, ModelState.READY)
-                log.info("%s: loaded in %.2f s", record.name, record.pace.load_seconds)
-            if record.load_scope.cancelled_caught:
-                record.error = RkvlmdError("model_unloaded", "The model was unloaded.")
-                await self._take_down(record)
-        except (LoadError, RkvlmdError) as exc:
-            await self._take_down(record)
-            self._fail(record, exc)
-        finally:
-            record.load = None
-            load.set()
-            if record.grip is not None:
-                record.grip.release()
-                record.grip = None
-
-    async def _bring_up(self, record: Record) -> None:
-        settings = self._settings
-        others = [r for r in self._records.values() if r.loaded and r is not record]
-        if record.loaded is None:
-            freed = sum(r.resident() for r in others)
-            memory.admit(
-                record.name,
-                need=record.need(),
-                freed=freed,
-                reserve=settings.memory.reserve_bytes,
-                now=self._room(),
-            )
-            await self._loader.verify(record)
-            for other in others:
-                log.info("%s: leaves for %s", other.name, record.name)
-                await self._take_down(other)
-        await self._loader.bring_up(record)
-        record.peak = max(record.peak, record.resident())
-
-    async def _take_down(self, record: Record) -> None:
-        """Stop a model's children and wait until they are gone."""
-        with trio.CancelScope(shield=True):
-            if record.loaded is not None:
-                self._set(record, ModelState.UNLOADING)
-                record.peak = max(record.peak, record.resident())
-                loaded, record.loaded = record.loaded, None
-                await self._loader.take_down(loaded)
-            self._set(record, ModelState.ABSENT)
-
-    def _fail(self, record: Record, exc: LoadError | RkvlmdError) -> None:
-        """Enter ``failed``, which heals itself: a trial later, each pause twice as long."""
-        engine = self._settings.engine
-        record.error = exc if isinstance(exc, RkvlmdError) else exc.public
-        if record.error.code == "insufficient_memory":
-            return
-        record.heal_delay = min(
-            engine.heal_max_seconds, record.heal_delay * 2 or engine.heal_seconds
-        )
-        record.heal_at = trio.current_time() + record.heal_delay
-        record.public = record.error.message.rstrip(".")
-        record.detail = str(exc) if isinstance(exc, LoadError) else exc.message
-        self._set(record, ModelState.FAILED)
-        log.error(
-            "%s: failed; next trial in %.0f s: %s", record.name, record.heal_delay, record.detail
-        )
-        assert self._nursery is not None
-        self._nursery.start_soon(self._heal, record, record.heal_at, name=f"heal:{record.name}")
-
-    async def _heal(self, record: Record, at: float) -> None:
-        """One trial start, unless something else is loaded by then."""
-        await trio.sleep_until(at)
-        still = record.state is ModelState.FAILED and record.heal_at == at and not record.held
-        if still and not self.loaded_name():
-            self._begin(record)
-
-    def _begin(self, record: Record) -> None:
-        """Load in the background, as soon as the lease is free."""
-        assert self._nursery is not None
-        if record.load is None and not record.queued:
-            record.queued = True
-            self._nursery.start_soon(self._load_later, record, name=f"load:{record.name}")
-
-    async def _load_later(self, record: Record) -> None:
-        asked = record.asked
-        async with self._lease.hold("", "") as grip:
-            record.queued = False
-            if record.loaded is None or not record.loaded.alive:
-                await self._start(record, grip).wait()
-        asked.set()
-        if record.asked is asked:
-            record.asked = trio.Event()
-
-    def _child_died(self, name: str, death: ChildDiedError) -> None:
-        """An engine child of a loaded model has gone by itself."""
-        record = self._records[name]
-        if record.loaded is None:
-            return
-        if not death.planned:
-            record.deaths += 1
-        if record.deaths > self._settings.engine.restarts:
-            record.deaths = 0
-            self._give_up(record, death)
-            return
-        self._note()
-        # Whoever holds the lease brings it back; when nobody does, we do.
-        self._begin(record)
-
-    def _give_up(self, record: Record, death: ChildDiedError) -> None:
-        assert self._nursery is not None
-        error = LoadError(
-            f"{death.name} kept dying: {death.how}: {death.last_words[-300:]}",
-            RkvlmdError("model_failed", "Its engine kept dying"),
-        )
-        record.exhausted = error
-        self._fail(record, error)
-        self._nursery.start_soon(self._clear_failed, record, name=f"clear:{record.name}")
-
-    async def _clear_failed(self, record: Record) -> None:
-        """Stop what is left of a model that has failed."""
-        async with self._lease.hold("", ""):
-            if record.state is ModelState.FAILED and record.loaded is not None:
-                loaded, record.loaded = record.loaded, None
-                await self._loader.take_down(loaded)
-                self._note()
-
-    def completed(self, name: str) -> None:
-        """A job of this model has ended well: the restart budget is whole again."""
-        record = self._records[name]
-        record.deaths = 0
-        record.heal_delay = 0.0
+    def adopt(self, settings: Settings) -> None:
+        """Take settings that were read again; another ``keep_alive`` counts from the last use."""
+        before = {record.name: self._keep(record) for record in self._by_use()}
+        self._settings = settings
+        for record in self._by_use():
+            # Who holds the lease may be at work with a model that has no end: it says when it is.
+            busy = self._lease.held and math.isinf(record.idle_at)
+            if self._keep(record) != before[record.name] and not busy:
+                record.idle_at = record.used_at + self._keep(record)
+        self._loader.adopt(settings)
+        self._moved.set()
 
     # --- the owner's orders ---------------------------------------------------------
 
@@ -258,6 +86,7 @@ class Residency(ModelTable):
 
         """
         record = self._record(name)
+        self._may_load(record)
         record.held = False
         record.heal_at = 0.0
         if record.state is not ModelState.READY or record.loaded is None or not record.loaded.alive:
@@ -270,6 +99,14 @@ class Residency(ModelTable):
                 raise self._with_last_words(record)
         return self.model(record.name)
 
+    def _may_load(self, record: Record) -> None:
+        """Tell the owner at once that a pin is in the way, and what to do about it."""
+        pinned = self._pinned()
+        if pinned is not None and pinned is not record:
+            raise RkvlmdError(
+                "model_pinned", f"The model '{pinned.name}' is pinned; unpin it first."
+            )
+
     def _with_last_words(self, record: Record) -> RkvlmdError:
         """For the owner: the error with all that is known about it."""
         error = record.error or self._failed(record, 1)
@@ -280,8 +117,16 @@ class Residency(ModelTable):
         """Unload a model and hold it until ``load``.
 
         The running job ends first; queued ones end ``model_unloaded``.
+
+        Raises:
+          RkvlmdError: ``model_pinned``.
+
         """
         record = self._record(name)
+        if record.memo.pinned:
+            raise RkvlmdError(
+                "model_pinned", f"The model '{record.name}' is pinned; unpin it first."
+            )
         record.held = True
         self.on_unload(record.name)
         if record.load is not None:
@@ -290,7 +135,7 @@ class Residency(ModelTable):
         done = trio.Event()
         self._nursery.start_soon(self._unload_later, record, done, name=f"unload:{record.name}")
         await done.wait()
-        return self.model(record.name)
+        return record.view(default=record is self._default())
 
     async def _unload_later(self, record: Record, done: trio.Event) -> None:
         """An unload belongs to the daemon, like a load: who asked for it may leave."""
@@ -299,9 +144,113 @@ class Residency(ModelTable):
                 await self._take_down(record)
         done.set()
 
-    def _set(self, record: Record, state: ModelState) -> None:
-        record.state = state
-        if state is not ModelState.FAILED:
-            record.detail = ""
-        record.progress = 1.0 if state is ModelState.READY else 0.0
+    async def pin(self, name: str) -> ModelView:
+        """Load a model if need be, and keep it: no swap, no idle unload, over restarts too.
+
+        Raises:
+          RkvlmdError: why it cannot be loaded; then it is not pinned.
+
+        """
+        record = self._record(name)
+        self._may_load(record)
+        record.memo.pinned = True  # before the load: nothing may take its place meanwhile
         self._note()
+        try:
+            await self.load(record.name)
+        except RkvlmdError:
+            record.memo.pinned = False
+            self._note()
+            raise
+        await self._keep_pins(record)
+        return self.model(record.name)
+
+    async def unpin(self, name: str) -> ModelView:
+        """Let a model go like any other again; it stays loaded for now."""
+        record = self._record(name)
+        record.memo.pinned = False
+        record.idle_at = max(record.idle_at, trio.current_time() + self._keep(record))
+        self._moved.set()
+        self._note()
+        await self._keep_pins(record)
+        return self.model(record.name)
+
+    async def _keep_pins(self, record: Record) -> None:
+        record.memo.digest = record.memo.digest or record.entry.digest
+        if not await self._save():
+            log.warning("%s: the pin will be forgotten at a restart", record.name)
+
+    def rescan(self, entries: Mapping[str, Entry]) -> Rescan:
+        """Take over what the models folder holds now.
+
+        What is loaded stays until it is unloaded: ``waiting`` names those.
+        """
+        added, changed, removed = [], [], []
+        for name, entry in entries.items():
+            record = self._records.get(name)
+            if record is None:
+                self._records[name] = self._new(entry)
+                added.append(name)
+                continue
+            record.removed, record.successor = False, None
+            if entry != record.entry:
+                record.successor = entry
+                changed.append(name)
+        for name, record in self._records.items():
+            if name not in entries:
+                record.removed, record.successor = True, None
+                removed.append(name)
+        self._records = dict(sorted(self._records.items()))
+        for record in [r for r in self._records.values() if r.leaving]:
+            if record.loaded is None and record.load is None:
+                self._settle(record)
+            elif not record.decoding and record.load is None:
+                assert self._nursery is not None
+                self._nursery.start_soon(self._drop_kept, record, name=f"drop:{record.name}")
+        self._note()
+        waiting = [name for name, record in self._records.items() if record.leaving]
+        return Rescan(tuple(added), tuple(changed), tuple(removed), tuple(waiting))
+
+    # --- what leaves by itself ------------------------------------------------------
+
+    async def _leave_when_idle(self) -> None:
+        """Unload each model whose time is over."""
+        while True:
+            self._moved = trio.Event()
+            due = min((r.idle_at for r in self._may_leave()), default=math.inf)
+            with trio.move_on_at(due):
+                await self._moved.wait()
+                continue
+            async with self._lease.hold("", ""):
+                now = trio.current_time()
+                wanted = {ticket.model for ticket in self._lease.tickets()}
+                for record in self._may_leave():
+                    if record.idle_at > now:
+                        continue
+                    if record.name in wanted:
+                        record.idle_at = now + max(_RETRY, self._keep(record))
+                        continue
+                    log.info("%s: leaves, nobody has used it for a while", record.name)
+                    await self._take_down(record)
+
+    def _may_leave(self) -> list[Record]:
+        return [r for r in self._by_use() if r.load is None and not r.memo.pinned]
+
+    async def _leave_under_pressure(self) -> None:
+        """While memory is short, encoders that were kept leave, the least recently used first."""
+        while True:
+            while not self._kept():
+                await self.wait_change()
+            await trio.sleep(self._settings.memory.check_seconds)
+            while (kept := self._kept()) and self._short():
+                log.warning("memory is short: the encoders of %s leave", kept[0].name)
+                await self._drop_kept(kept[0])
+
+    def _short(self) -> bool:
+        """Whether less than half of what every load leaves free is free."""
+        return self._room().bytes < self._settings.memory.reserve_bytes // 2
+
+    async def _drop_kept(self, record: Record) -> None:
+        """Stop the encoders of a model that is not loaded, unless that has changed meanwhile."""
+        async with self._lease.hold("", ""):
+            if record.loaded is not None and not record.decoding and record.load is None:
+                await self._take_down(record)

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.actors import pipeline, policy
+from rkvlmd.actors import pipeline, policy, vectors
 from rkvlmd.actors.child import ChildDiedError, ChildWedgedError
 from rkvlmd.actors.clients import Classes
 from rkvlmd.actors.job import Job
 from rkvlmd.actors.slots import Gate, Slot
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.messages import PRIORITIES
+from rkvlmd.messages import PRIORITIES, EmbeddingsRequest
 
 if TYPE_CHECKING:
     from rkvlmd.actors.pipeline import Tools
     from rkvlmd.messages import ChatRequest, Ended, EndReason, JobView
+    from rkvlmd.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +50,19 @@ class Scheduler:
         self._live: dict[str, Job] = {}
         self._jobs: trio.Nursery | None = None
         self._draining = False
+        #: The owner has stopped admission for now.
+        self.paused = False
         self._empty = trio.Event()
         self.ends: dict[str, int] = {}
         tools.residency.on_unload = self._unloaded
         tools.lease.on_pass = self._passed
+        tools.lease.warm = tools.warm
         tools.prep.on_picture = tools.metrics.picture_decode.observe
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until cancelled."""
         async with trio.open_nursery() as self._jobs:
+            self._tools.overlap.nursery = self._jobs
             task_status.started()
             await trio.sleep_forever()
 
@@ -65,12 +70,11 @@ class Scheduler:
         """Admit a request of ``size`` bytes before its body is read; never waits.
 
         Raises:
-          RkvlmdError: ``server_is_overloaded``, ``rate_limit_exceeded`` or
-            ``shutting_down``.
+          RkvlmdError: ``server_is_overloaded``, ``rate_limit_exceeded``,
+            ``draining`` or ``shutting_down``.
 
         """
-        if self._draining or self._jobs is None:
-            raise self.gate.stopping()
+        self._check_open()
         return self.gate.enter(client, size)
 
     def submit(self, slot: Slot, request: ChatRequest, *, request_id: str) -> Job:
@@ -81,8 +85,7 @@ class Scheduler:
             slot is still the caller's then.
 
         """
-        if self._draining or self._jobs is None:
-            raise self.gate.stopping()
+        self._check_open()
         view = self._tools.residency.model(request.model)
         model = view.parent or view.name
         self._tools.residency.admit(model)
@@ -104,11 +107,12 @@ class Scheduler:
             model=model,
             adapter=view.name.removeprefix(f"{model}:") if view.parent else "",
             rank=rank,
-            text_bytes=max(0, slot.size - sum(len(p.data) for p in request.pictures)),
+            text_bytes=max(0, slot.size - _media_bytes(request)),
             ignored=request.ignored,
         )
         slot.owned = True
         self._live[job.id] = job
+        assert self._jobs is not None  # _check_open has looked
         self._jobs.start_soon(self._run, job, slot, name=f"job:{job.id}")
         return job
 
@@ -153,7 +157,9 @@ class Scheduler:
 
     async def _work(self, job: Job, slot: Slot) -> None:
         try:
-            job.finish(await pipeline.run(job, slot, self._tools))
+            embeds = isinstance(job.request, EmbeddingsRequest)
+            run = vectors.run if embeds else pipeline.run
+            job.finish(await run(job, slot, self._tools))
         except RkvlmdError as exc:
             job.finish(_REASONS.get(exc.code, "error"), exc)
         except ChildWedgedError as exc:
@@ -183,8 +189,15 @@ class Scheduler:
     # --- looking and ending ----------------------------------------------------------
 
     def jobs(self) -> list[JobView]:
-        """Return the live jobs, oldest first."""
-        return [job.view() for job in self._live.values()]
+        """Return the live jobs, oldest first; who waits for a load that is under way is ``loading``."""
+        views = [job.view() for job in self._live.values()]
+        loading = self._tools.residency.loading
+        return [
+            replace(view, phase="loading")
+            if view.phase == "waiting" and loading(view.model)
+            else view
+            for view in views
+        ]
 
     def cancel(self, job_id: str) -> bool:
         """End one job; whether there was one."""
@@ -209,6 +222,28 @@ class Scheduler:
             job.abandon("shutdown")
         await self.wait_empty()
 
+    def pause(self) -> None:
+        """Refuse new requests until ``resume``; those here go on."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
+        self.paused = False
+
+    def _check_open(self) -> None:
+        if self._draining or self._jobs is None:
+            raise self.gate.stopping()
+        if self.paused:
+            raise self.gate.draining()
+
+    def adopt(self, settings: Settings) -> None:
+        """Take settings that were read again; jobs that are here keep their deadlines."""
+        queue = settings.queue
+        self._settings = settings
+        self.gate.adopt(queue)
+        self._classes = Classes(queue)
+        self._tools.lease.adopt(policy.Rules(queue.age_seconds, queue.max_jumps))
+
     async def wait_empty(self) -> None:
         """Return when no job is left, those included whose reader knows their end already."""
         while self._live:
@@ -220,12 +255,21 @@ class Scheduler:
         return {
             "jobs": self.gate.jobs,
             "bytes": self.gate.bytes,
+            "pixels": self.gate.pixels,
             "waiting": self._tools.lease.waiting,
+            "loading": sum(view.phase == "loading" for view in self.jobs()),
             "refused": self.gate.refused,
             "refusals": dict(self.gate.refusals),
             "ended": dict(self.ends),
             "lease_busy_seconds": round(self._tools.lease.busy_seconds, 3),
+            "conversations": self._tools.warm.conversations,
+            "overlap": self._tools.overlap.status(),
         }
+
+
+def _media_bytes(request: ChatRequest) -> int:
+    pictures = sum(len(source.data) for source in request.pictures)
+    return pictures + sum(len(source.data) for source in request.videos)
 
 
 def _line(job: Job, end: Ended) -> str:

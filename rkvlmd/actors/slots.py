@@ -1,4 +1,4 @@
-"""Admission: how many requests, and how many bytes of them, are in the house."""
+"""Admission: how many requests are in the house, how many bytes and how many pixels of them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Literal
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.settings import QueueSettings
 
-#: Why a request was refused: the house is full of requests, or of bytes; the client holds its
-#: share; the work ahead would use up its deadline; the server stops.
-Refusal = Literal["jobs", "bytes", "client", "late", "stopping"]
+#: Why a request was refused: the house is full of requests, of bytes, or of pixels; the client
+#: holds its share; the work ahead would use up its deadline; the server is drained; the server stops.
+Refusal = Literal["jobs", "bytes", "pixels", "client", "late", "draining", "stopping"]
 
 
 class Slot:
     """One admitted request's share; given back once."""
 
-    __slots__ = ("_gate", "client", "open", "owned", "size")
+    __slots__ = ("_gate", "client", "open", "owned", "pixels", "size")
 
     def __init__(self, gate: Gate, client: str, size: int) -> None:
         self._gate = gate
         self.client = client
         self.size = size
+        self.pixels = 0
         self.open = True
         self.owned = False
 
@@ -34,6 +35,26 @@ class Slot:
         """
         if self.open:
             self._gate.resize(self, size)
+
+    def add_bytes(self, more: int) -> None:
+        """Count bytes that are held besides, such as of a download; negative: they are no more.
+
+        Raises:
+          RkvlmdError: as ``resize``.
+
+        """
+        self.resize(self.size + more)
+
+    def add_pixels(self, pixels: int) -> None:
+        """Count the pixels of a picture that is ready for its encoder, until the slot is closed.
+
+        Raises:
+          RkvlmdError: ``server_is_overloaded``, when there is no room for more;
+            ``too_many_images``, when there would not be in an empty house.
+
+        """
+        if self.open:
+            self._gate.add_pixels(self, pixels)
 
     def release(self) -> None:
         """Give the slot back, unless a job owns it; harmless when repeated."""
@@ -48,12 +69,13 @@ class Slot:
 
 
 class Gate:
-    """Counts; refuses at once. Peak bytes are ``max_bytes``, whatever comes."""
+    """Counts; refuses at once. The peaks are ``max_bytes`` and ``max_pixels``, whatever comes."""
 
     def __init__(self, settings: QueueSettings) -> None:
         self._settings = settings
         self.jobs = 0
         self.bytes = 0
+        self.pixels = 0
         self.refusals: dict[Refusal, int] = {}
         self.service_seconds = 1.0
         self.measured = False
@@ -97,10 +119,26 @@ class Gate:
         self.bytes += size - slot.size
         slot.size = size
 
+    def add_pixels(self, slot: Slot, pixels: int) -> None:
+        """Called by ``Slot.add_pixels``."""
+        most = self._settings.max_pixels
+        if slot.pixels + pixels > most:
+            raise RkvlmdError(
+                "too_many_images",
+                f"The pictures of one request may have {most} pixels at their encoder's size"
+                f" (queue.max_pixels), but these have {slot.pixels + pixels} or more.",
+                param="messages",
+            )
+        if self.pixels + pixels > most:
+            raise self._full("pixels", "too many pictures are held")
+        self.pixels += pixels
+        slot.pixels += pixels
+
     def leave(self, slot: Slot) -> None:
         """Called by ``Slot.close``."""
         self.jobs -= 1
         self.bytes -= slot.size
+        self.pixels -= slot.pixels
         left = self._clients.pop(slot.client) - 1
         if left:
             self._clients[slot.client] = left
@@ -125,6 +163,19 @@ class Gate:
             f"The work ahead of this request takes about {math.ceil(start)} s, longer than its"
             f" deadline of {seconds:.3g} s.",
             retry_after=_seconds(start - seconds),
+        )
+
+    def adopt(self, settings: QueueSettings) -> None:
+        """Take settings that were read again; what is admitted stays."""
+        self._settings = settings
+
+    def draining(self) -> RkvlmdError:
+        """Return the error for a request that comes while the owner drains the server."""
+        self._count("draining")
+        return RkvlmdError(
+            "draining",
+            "The server takes no new requests for now: its owner is at work on it.",
+            retry_after=min(120, self._settings.drain_retry_seconds),
         )
 
     def stopping(self) -> RkvlmdError:

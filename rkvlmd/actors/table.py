@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from rkvlmd.actors.engine import Pace
 from rkvlmd.actors.records import Record
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import ModelState, ModelView
@@ -15,7 +16,6 @@ from rkvlmd.messages import ModelState, ModelView
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from rkvlmd.actors.engine import Pace
     from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
@@ -25,8 +25,11 @@ class ModelTable:
 
     def __init__(self, settings: Settings, entries: Mapping[str, Entry]) -> None:
         self._settings = settings
-        self._records = {name: Record(entry) for name, entry in entries.items()}
+        self._records = {name: self._new(entry) for name, entry in entries.items()}
         self._changed = trio.Event()
+
+    def _new(self, entry: Entry) -> Record:
+        return Record(entry, pace=Pace(self._settings.engine.prefill_rate))
 
     def models(self) -> list[ModelView]:
         """Return every model, by name."""
@@ -56,22 +59,44 @@ class ModelTable:
 
     def decoder_info(self, name: str) -> dict[str, Any]:
         """Return what the decoder of a model said when it was loaded; empty while it is not."""
-        loaded = self._records[name].loaded
-        parts = loaded.parts if loaded is not None else []
+        record = self._records.get(name)
+        parts = record.loaded.parts if record is not None and record.loaded is not None else []
         return next((part.info for part in parts if part.role == "decoder"), {})
 
     def ready(self) -> bool:
         """Whether a request without a model name can be served."""
         record = self._default()
-        if record is None or record.held:
+        if record is None:
             return False
-        if record.state is ModelState.FAILED:
-            return trio.current_time() >= record.heal_at
+        try:
+            self.admit(record.name)
+        except RkvlmdError:
+            return False
         return record.state is ModelState.READY or self._settings.models.on_demand
 
     def loaded_name(self) -> str:
         """Return the model whose decoder is loaded, or an empty string."""
-        return next((n for n, r in self._records.items() if r.loaded is not None), "")
+        return next((n for n, r in self._records.items() if r.decoding), "")
+
+    def loading(self, name: str) -> bool:
+        """Whether this model is being loaded."""
+        record = self._records.get(name)
+        return record is not None and record.state is ModelState.LOADING
+
+    def _pinned(self) -> Record | None:
+        return next((r for r in self._records.values() if r.memo.pinned), None)
+
+    def _check_pin(self, record: Record) -> None:
+        """Refuse a load that would need the place of a pinned model."""
+        pinned = self._pinned()
+        if pinned is not None and pinned is not record:
+            raise RkvlmdError(
+                "model_pinned",
+                f"The model '{pinned.name}' is pinned by the owner of this server, so no other"
+                " can be loaded.",
+                param="model",
+                should_retry=False,
+            )
 
     def children(self) -> list[dict[str, object]]:
         """Return a line for each engine child."""
@@ -99,8 +124,9 @@ class ModelTable:
         wanted = self._settings.models.default
         if wanted:
             return self._records.get(wanted)
-        loaded = self.loaded_name()
-        if loaded:
+        if pinned := self._pinned():
+            return pinned
+        if loaded := self.loaded_name():
             return self._records[loaded]
         own = [r for n, r in self._records.items() if n != "demo"]
         return next(iter(own or self._records.values()), None)
@@ -128,7 +154,8 @@ class ModelTable:
         """Say at once what makes a request for this model pointless.
 
         Raises:
-          RkvlmdError: ``model_unloaded``, ``model_failed`` or ``model_not_loaded``.
+          RkvlmdError: ``model_unloaded``, ``model_pinned``, ``model_failed`` or
+            ``model_not_loaded``.
 
         """
         record = self._record(name)
@@ -137,6 +164,7 @@ class ModelTable:
                 "model_unloaded", "The model was unloaded by the owner of this server.",
                 param="model", should_retry=False,
             )  # fmt: skip
+        self._check_pin(record)
         if record.state is ModelState.FAILED and (wait := self._heal_wait(record)) > 0:
             raise self._failed(record, wait)
         if (

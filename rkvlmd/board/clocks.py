@@ -112,35 +112,48 @@ def _mhz(hertz: int | None) -> str:
     return "? MHz" if hertz is None else f"{hertz // 1_000_000} MHz"
 
 
-def _load(root: Root, soc: Soc) -> Finding | None:
-    """How busy the NPU is: per core as root, else one figure (fact sheet 5.3)."""
-    shares = driver.busy(root)
+def shares(root: Root, soc: Soc) -> tuple[int, ...]:
+    """Return how busy the NPU is, percent: per core as root, else one figure (fact sheet 5.3)."""
+    found = driver.busy(root)
     folder = npu_folder(root, soc)
-    if not shares and folder and (match := _LOAD.match(root.word(f"{folder}/load"))):
-        shares = (int(match[1]),)
-    if not shares:
+    if not found and folder and (match := _LOAD.match(root.word(f"{folder}/load"))):
+        found = (int(match[1]),)
+    return found
+
+
+def _load(root: Root, soc: Soc) -> Finding | None:
+    busy = shares(root, soc)
+    if not busy:
         return None
-    says = ", ".join(f"{share} %" for share in shares)
-    facts = {"percent": list(shares)}
-    if max(shares) == 0:
+    says = ", ".join(f"{share} %" for share in busy)
+    facts = {"percent": list(busy)}
+    if max(busy) == 0:
         return Finding("load", "ok", "NPU load", says, facts=facts)
     # Fact sheet 5.4: two users of the NPU slow each other down by half and more.
     todo = "if rkvlmd is idle, another program uses the NPU: stop it, or expect half the speed"
     return Finding("load", "note", "NPU load", says, todo, facts=facts)
 
 
-def _heat(root: Root) -> Finding | None:
+def zone(root: Root) -> tuple[str, int, int | None] | None:
+    """Return the NPU's own thermal zone where there is one, else the hottest.
+
+    Its name, temperature and where it begins to throttle, millidegrees Celsius.
+    """
     zones = []
     for name in root.names(THERMAL):
         folder = f"{THERMAL}/{name}"
         now = root.number(f"{folder}/temp") if name.startswith("thermal_zone") else None
         if now is not None:
             zones.append((root.word(f"{folder}/type") or name, now, _trip(root, folder)))
-    if not zones:
+    own = [one for one in zones if "npu" in one[0]]
+    return max(own or zones, key=lambda one: one[1], default=None)
+
+
+def _heat(root: Root) -> Finding | None:
+    found = zone(root)
+    if found is None:
         return None
-    # The NPU's own zone where there is one, else the hottest.
-    own = [zone for zone in zones if "npu" in zone[0]]
-    name, now, trip = max(own or zones, key=lambda zone: zone[1])
+    name, now, trip = found
     says = f"{name} {now / 1000:.0f} °C"
     facts = {"zone": name, "millidegrees": now, "trip_millidegrees": trip}
     if now < (trip or _HOT):

@@ -55,6 +55,21 @@ def read(root: Root) -> Driver:
     return Driver("rocket" if rocket else "", "", rocket)
 
 
+def too_old(version: str) -> str:
+    """Return what to tell the owner of a driver of this version, empty where it is new enough.
+
+    A version that is not known is new enough.
+    """
+    numbers = Driver("rknpu", version).numbers
+    if numbers is None or numbers >= REQUIRED:
+        return ""
+    required = ".".join(map(str, REQUIRED))
+    return (
+        f"The NPU driver is version {'.'.join(map(str, numbers))}, but the libraries need"
+        f" {required}; update the kernel (see rkvlmctl doctor)."
+    )
+
+
 def finding(root: Root, driver: Driver, needs: Needs) -> Finding:
     """Return the line about the driver."""
     kernel = root.word("/proc/sys/kernel/osrelease")

@@ -56,11 +56,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What models are held against; versions are those of the libraries in use."""
+    """What models are held against; versions are those of the libraries in use.
+
+    ``rkllm``: of several the first that a model works with is taken.
+    """
 
     soc: Soc | None
     memory: Memory
-    rkllm: str | None = None
+    rkllm: tuple[str, ...] = ()
     rknn: str | None = None
     cpus: int | None = None
     reserve: int = 0
@@ -160,10 +163,11 @@ def _decoder(model: Model, machine: Machine, lines: _Lines) -> None:
             # Fact sheet 2.8: what the vendor's demo takes.
             says = f"decoder.iommu_domain: {model.iommu_domain}; usual on {soc.name} is"
             lines.add("domain", "note", f"{says} {soc.domain}")
-    library, listed = machine.rkllm, model.runtime_versions
-    if library is not None and listed and not any(_same(library, v) for v in listed):
-        says = f"decoder.runtime_versions: {', '.join(listed)}; librkllmrt.so is {library}"
-        lines.add("runtime", "warn", says, "take a library of one of these versions")
+    there, listed = machine.rkllm, model.runtime_versions
+    if there and listed and not any(_same(version, v) for version in there for v in listed):
+        says = f"decoder.runtime_versions: {', '.join(listed)}; librkllmrt.so is"
+        todo = "set npu.library to a library of one of these versions, or to a folder of several"
+        lines.add("runtime", "stop", f"{says} {', '.join(there)}", todo)
     _cpus(model, machine, lines)
     if step := model.context % CONTEXT_STEP:
         says = f"decoder.context: {model.context} is no multiple of {CONTEXT_STEP}"

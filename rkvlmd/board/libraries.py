@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rkvlmd.board import elf
@@ -57,6 +58,8 @@ RKNN = Library(
     ("/usr/lib", "/usr/lib64"),
     ("/lib", *_COMMON[2:], "/usr/local/lib64", "/opt/lib"),
 )
+#: What counts in a folder that ``npu.library`` names.
+FOLDER_FILES = "librkllmrt*.so*"
 #: The versions of librkllmrt.so whose memory layout is known (fact sheet 1.3).
 RKLLM_VERSIONS = ("1.2.1", "1.2.2", "1.2.3", "1.3.0", "1.3.1")
 
@@ -95,13 +98,18 @@ def version_of(path: Path, library: Library = RKLLM) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One file; ``machine`` is ``None`` for what is no ELF file, ``used``: the engine takes it."""
+    """One file; ``machine`` is ``None`` for what is no ELF file, ``used``: the engine takes it.
+
+    ``offered``: it is one of the folder that ``npu.library`` names, from which
+    the engine takes the first whose version the model works with.
+    """
 
     path: str
     version: str | None
     machine: str | None
     used: bool
     missing: tuple[str, ...] = ()
+    offered: bool = False
 
 
 def copies(root: Root, library: Library, here: Here, setting: str = "") -> list[Copy]:
@@ -111,6 +119,11 @@ def copies(root: Root, library: Library, here: Here, setting: str = "") -> list[
         searched = (*here.library_path, *searched)
     paths = [f"{folder}/{library.name}" for folder in searched]
     first = [setting] if setting else paths
+    folder = bool(setting) and root.real(setting).is_dir()
+    if folder:
+        # The order of the engine: the last name first.
+        names = [n for n in reversed(root.names(setting)) if fnmatch(n, FOLDER_FILES)]
+        first = [f"{setting.rstrip('/')}/{name}" for name in names]
     others = [*(paths if setting else ()), *(f"{folder}/{library.name}" for folder in library.also)]
     found: list[Copy] = []
     seen: set[str] = set()
@@ -123,11 +136,14 @@ def copies(root: Root, library: Library, here: Here, setting: str = "") -> list[
         seen.add(key)
         # An existing npu.library is used, and nothing else; else the first of the search.
         used = path in first and not any(copy.used for copy in found)
-        found.append(_copy(root, library, here, path, real, used=used))
+        offered = folder and path in first
+        found.append(_copy(root, library, here, path, real, used=used, offered=offered))
     return found
 
 
-def _copy(root: Root, library: Library, here: Here, path: str, real: Path, *, used: bool) -> Copy:
+def _copy(
+    root: Root, library: Library, here: Here, path: str, real: Path, *, used: bool, offered: bool
+) -> Copy:
     head = elf.read(real)
     folders = (
         os.path.dirname(path), "/lib", "/lib64", f"/lib/{here.machine}-linux-gnu",
@@ -137,7 +153,14 @@ def _copy(root: Root, library: Library, here: Here, path: str, real: Path, *, us
     needed = head.needed if head is not None else ()
     missing = [n for n in needed if not any(root.real(f"{f}/{n}").exists() for f in folders)]
     version = version_of(real, library)
-    return Copy(path, version, head.machine if head else None, used, tuple(missing))
+    machine = head.machine if head else None
+    return Copy(path, version, machine, used, tuple(missing), offered)
+
+
+def offered(found: list[Copy]) -> tuple[str, ...]:
+    """Return the versions of which the engine takes the first that a model works with."""
+    copies = [c for c in found if c.offered] or [c for c in found if c.used]
+    return tuple(c.version for c in copies if c.version is not None)
 
 
 def in_use(found: list[Copy]) -> Copy | None:
@@ -156,25 +179,24 @@ def findings(
     """Return the lines about one library; none where nobody misses it."""
     used = in_use(found)
     key = library.name.removesuffix(".so")
-    facts = {
-        "path": used.path if used else None,
-        "version": used.version if used else None,
-        "machine": used.machine if used else None,
-        "copies": [{"path": c.path, "version": c.version, "machine": c.machine} for c in found],
-    }
     bad = needs.lacking(library.engine)
     engines = (library.engine,)
     if used is None:
         if bad == "note" and not found:
             return []
         says, todo = _absent(library, found, setting)
-        return [Finding(key, bad, library.name, says, todo, engines, facts)]
-    says = f"{used.version or 'of an unknown version'} in {used.path}"
-    if unfit := _unfit(library, used, here, layout):
-        lines = [Finding(key, bad, library.name, f"{says}; {unfit[0]}", unfit[1], engines, facts)]
-    else:
-        lines = [Finding(key, "ok", library.name, says, facts=facts)]
-    others = [copy for copy in found if copy.version != used.version]
+        return [Finding(key, bad, library.name, says, todo, engines, _facts(None, found))]
+    lines = []
+    # The engine looks at each file of a folder until it has one, and stops at what is wrong.
+    for copy in [c for c in found if c.offered] or [used]:
+        says = f"{copy.version or 'of an unknown version'} in {copy.path}"
+        facts = _facts(copy, found)
+        if unfit := _unfit(library, copy, here, layout):
+            says = f"{says}; {unfit[0]}"
+            lines.append(Finding(key, bad, library.name, says, unfit[1], engines, facts))
+        else:
+            lines.append(Finding(key, "ok", library.name, says, facts=facts))
+    others = [copy for copy in found if not copy.offered and copy.version != used.version]
     if others:
         said = ", ".join(f"{copy.version or 'unknown'} in {copy.path}" for copy in others)
         todo = "keep one version, so that every program uses the same"
@@ -187,10 +209,20 @@ def findings(
     return lines
 
 
+def _facts(copy: Copy | None, found: list[Copy]) -> dict[str, object]:
+    return {
+        "path": copy.path if copy else None,
+        "version": copy.version if copy else None,
+        "machine": copy.machine if copy else None,
+        "copies": [{"path": c.path, "version": c.version, "machine": c.machine} for c in found],
+    }
+
+
 def _absent(library: Library, found: list[Copy], setting: str) -> tuple[str, str]:
     """Return what to say of a library that is not where it is looked for."""
     if setting:
-        return f"npu.library: there is no file {setting}", "correct npu.library"
+        says = f"npu.library: there is no file {setting}, and no folder with {FOLDER_FILES}"
+        return says, "correct npu.library"
     if found and library is RKNN:
         # Fact sheet 5.1 and 7: "Can not find dynamic library".
         where = found[0].path

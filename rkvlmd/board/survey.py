@@ -85,7 +85,7 @@ def look(root: Root, here: Here, question: Question) -> Report:
     machine = fits.Machine(
         soc=reading.soc,
         memory=room,
-        rkllm=_version(rkllm),
+        rkllm=libraries.offered(rkllm),
         rknn=_version(rknn),
         cpus=_cpus(root),
         reserve=question.reserve_bytes,

@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rkvlmd import __version__
-from rkvlmd.ctl import render
+from rkvlmd.ctl import model_commands, orders, render
 from rkvlmd.ctl.client import Client, CtlError, RefusedError
-from rkvlmd.wire.control import Progress
+
+if TYPE_CHECKING:
+    from rkvlmd.ctl.chat import Chat
 
 _EPILOG = """\
 exit status:
@@ -23,16 +25,28 @@ exit status:
 with --json, one JSON object on standard output:
   status             {"version", "pid", "uptime", "models": [...], ...}
   models             {"models": [{"name", "state", "progress", "detail", ...}]}
-  load, unload       {"model": {"name", "state", ...}}
+"""
+_EPILOG += orders.EPILOG
+_EPILOG += """\
   jobs               {"jobs": [{"id", "client", "model", "phase", "age", ...}]}
   cancel             {"cancelled": ID}
   ask                the response of the OpenAI endpoint
   doctor             {"loads", "worst", "findings": [{"id", "status", "what", "says",
                      "todo", "facts"}]}; status: ok, note, warn, stop
+  import             {"model", "folder", "from", "family", "why", "notes": [{"key", "says",
+                     "todo"}], "unverified", ...}; error code undecided: "candidates"
+  check              {"model", "good", "findings": [{"status", "key", "says", "todo"}]}
+  show               {"name", "family", "engines", "pictures", "context", "capabilities",
+                     "warnings", ...}; without NAME {"models": [...]}
+  top                {"busy", "tokens_per_second", "running", "waiting", "npu", "models",
+                     "jobs"}: over one --interval; rates per second, shares 0 to 1
+  bench              {"model", "soc", "source", "figures": [{"name", "unit", "here",
+                     "published", "ratio", "runs"}]}
   any failure        {"error": {"code", "message", "param"}}
 keys may be added; none changes its meaning. states: absent, loading, ready,
-unloading, failed. ages are seconds, sizes are bytes. doctor asks no daemon; it
-exits with 1 if something stops an installed model from loading.
+unloading, failed. ages are seconds, sizes are bytes. doctor, import, check and show ask no
+daemon; doctor exits with 1 if something stops an installed model from loading,
+check if a model's files are not what its manifest says.
 
 environment:
   RKVLMD_API_KEY     the key that "ask" sends, where the server wants one
@@ -40,7 +54,17 @@ environment:
 """
 #: Where to look in a model and a job, for people; scripts get everything.
 _MODELS = ("name", "state", "progress", "family", "context", "memory_bytes", "engines", "detail")
-_JOBS = ("id", "client", "model", "phase", "age", "pictures", "prompt_tokens", "completion_tokens")
+_JOBS = (
+    "id",
+    "client",
+    "model",
+    "priority",
+    "phase",
+    "age",
+    "pictures",
+    "prompt_tokens",
+    "completion_tokens",
+)
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 
@@ -72,10 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
     command("status", "show the daemon, its models and its processes")
     command("models", "list the installed models")
-    load = command("load", "load a model and wait until it is ready")
-    load.add_argument("name", metavar="NAME")
-    unload = command("unload", "unload a model and hold it until a load")
-    unload.add_argument("name", metavar="NAME")
+    orders.add(command)
     command("jobs", "list the requests under way")
     command("cancel", "end a request").add_argument("id", metavar="ID")
     ask = command("ask", "ask a model, about pictures if you like")
@@ -87,6 +108,22 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-tokens", type=_count, metavar="N", help="longest answer, in tokens")
     ask.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
     ask.add_argument("prompt", metavar="PROMPT")
+    top_ = command("top", "watch the requests, the engine and the NPU until interrupted")
+    top_.add_argument("--once", action="store_true", help="show it once and leave")
+    top_.add_argument(
+        "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="pause; default: 1"
+    )
+    bench = command("bench", "measure a model, beside the figures that Rockchip publishes")
+    bench.add_argument("--model", metavar="NAME", help="default: the server's default model")
+    bench.add_argument("--repeats", type=_count, default=3, metavar="N", help="default: 3")
+    bench.add_argument(
+        "--tokens", type=_count, default=64, metavar="N", help="longest answer; default: 64"
+    )
+    bench.add_argument("--like", default="", metavar="MODEL", help="whose published figures")
+    bench.add_argument("--soc", default="", metavar="SOC", help="default: this machine's")
+    for one in (top_, bench):
+        one.add_argument("--root", type=Path, default=Path("/"), help=argparse.SUPPRESS)
+    model_commands.add(command)
     doctor = command("doctor", "look at this machine, its NPU and the installed models; no daemon")
     doctor.add_argument("--config", type=Path, metavar="FILE", help="the settings of the daemon")
     doctor.add_argument("--models", type=Path, metavar="DIR", help="the folder of model folders")
@@ -102,6 +139,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.05 <= value <= 3600:
+        raise argparse.ArgumentTypeError("must be 0.05 to 3600")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit status (2 leaves through ``argparse``)."""
     args = parser().parse_args(argv)
@@ -113,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
             from rkvlmd.ctl import doctor  # it reads files that the other commands do not need
 
             return doctor.run(args.config, args.models, args.root, as_json=args.json)
+        if args.command in model_commands.COMMANDS:
+            return model_commands.run(args)
         with Client(args.control) as client:
             status = _run(client, args)
             sys.stdout.flush()
@@ -120,13 +166,13 @@ def main(argv: list[str] | None = None) -> int:
     except CtlError as error:
         if args.json:
             said = {"code": error.code, "message": error.message, "param": error.param}
-            _print_json({"error": said})
+            _print_json({"error": said | error.details})
         print(f"rkvlmctl: {render.plain(error.message)}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        if args.command in {"load", "unload"}:
-            print(f"rkvlmctl: stopped watching; the {args.command} goes on", file=sys.stderr)
+        if args.command in orders.WATCHED:
+            print(f"rkvlmctl: {orders.interrupted(args.command)}", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read us has seen enough. Python would complain again at exit.
@@ -137,27 +183,24 @@ def main(argv: list[str] | None = None) -> int:
 def _run(client: Client, args: argparse.Namespace) -> int:
     if args.command == "ask":
         return _ask(client, args)
-    if args.command in {"load", "unload"}:
-        result = _watched(client, args.command, args.name)
+    if args.command == "bench":
+        return _bench(client, args)
+    if args.command == "top":
+        from rkvlmd.ctl import top  # it reads the board's files, which other commands do not need
+
+        return top.run(
+            client, interval=args.interval, once=args.once, as_json=args.json, root=args.root,
+            out=sys.stdout,
+        )  # fmt: skip
+    if args.command in orders.NAMES:
+        result = orders.run(client, args)
     else:
         result = client.call(args.command, {"id": args.id} if args.command == "cancel" else {})
     if args.json:
         _print_json(result)
     else:
         print(_for_people(args.command, result))
-    return 0
-
-
-def _watched(client: Client, command: str, name: str) -> dict[str, Any]:
-    line = render.ProgressLine(sys.stderr)
-
-    def step(now: Progress) -> None:
-        line.show(now.model, now.state, now.progress, now.detail)
-
-    try:
-        return client.call(command, {"model": name}, progress=step)
-    finally:
-        line.clear()
+    return orders.status(args.command, result)
 
 
 def _for_people(command: str, result: dict[str, Any]) -> str:
@@ -165,30 +208,18 @@ def _for_people(command: str, result: dict[str, Any]) -> str:
     if command == "status":
         return render.status(result, colour=colour)
     if command == "models":
-        rows = [_model_row(model) for model in result.get("models", [])]
+        rows = [orders.model_row(model) for model in result.get("models", [])]
         return render.table(rows, _MODELS, colour=colour) if rows else "no models are installed"
     if command == "jobs":
         rows = result.get("jobs", [])
         return render.table(rows, _JOBS, colour=colour) if rows else "no requests are under way"
     if command == "cancel":
         return f"cancelled {render.cell('id', result.get('cancelled'))}"
-    model = result.get("model", {})
-    said = " ".join(render.cell(key, model.get(key)) for key in ("name", "state"))
-    memory = model.get("memory_bytes")
-    return f"{said}, {render.size(memory)}" if memory else said
+    return orders.for_people(command, result)
 
 
-def _model_row(model: dict[str, Any]) -> dict[str, Any]:
-    share = model.get("progress", 0)
-    row = model | {"progress": f"{share:.0%}" if model.get("state") == "loading" else ""}
-    if model.get("default"):
-        row["name"] = f"{model.get('name')} (default)"
-    if model.get("held"):
-        row["detail"] = "held until load" + (f"; {model['detail']}" if model.get("detail") else "")
-    return row
-
-
-def _ask(client: Client, args: argparse.Namespace) -> int:
+def _endpoint(client: Client) -> tuple[Chat, dict[str, Any]]:
+    """Return the HTTP endpoint, and what the daemon says of it."""
     from rkvlmd.ctl import chat  # it imports http.client, which the other commands do not need
 
     server = client.call("http")
@@ -198,6 +229,41 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
     if server.get("keys") and not key:
         message = "this server wants an API key: set RKVLMD_API_KEY"
         raise RefusedError(message, code="invalid_api_key")
+    patience = float(server.get("job_seconds", 300))
+    return chat.Chat(str(server.get("address", "")), key=key, patience=patience), server
+
+
+def _bench(client: Client, args: argparse.Namespace) -> int:
+    from rkvlmd.ctl import bench
+
+    endpoint, _ = _endpoint(client)
+    models = client.call("models").get("models", [])
+    chosen = [
+        m for m in models if m.get("name") == args.model or (not args.model and m.get("default"))
+    ]
+    if not chosen:
+        raise CtlError("there is no such model", code="model_not_found", param="model")
+
+    def pids() -> dict[str, int]:
+        children = client.call("status").get("children", [])
+        ours = (f"decoder:{chosen[0]['name']}", f"encoder:{chosen[0]['name']}")
+        return {c["name"]: c["pid"] for c in children if str(c.get("name")).startswith(ours)}
+
+    report = bench.measure(
+        endpoint, chosen[0], pids, repeats=args.repeats, tokens=args.tokens, like=args.like,
+        soc=args.soc, root=args.root, tell=bench.progress,
+    )  # fmt: skip
+    if args.json:
+        _print_json(report)
+    else:
+        print(render.plain(bench.screen(report)))
+    return 0
+
+
+def _ask(client: Client, args: argparse.Namespace) -> int:
+    from rkvlmd.ctl import chat
+
+    endpoint, server = _endpoint(client)
     most = int(server.get("max_image_bytes", 20 << 20))
     pictures = [chat.picture(file, most) for file in args.images]
     body: dict[str, Any] = {"messages": [chat.user_turn(args.prompt, pictures)]}
@@ -205,8 +271,6 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
         body["model"] = args.model
     if args.max_tokens is not None:
         body["max_tokens"] = args.max_tokens
-    patience = float(server.get("job_seconds", 300))
-    endpoint = chat.Chat(str(server.get("address", "")), key=key, patience=patience)
     if args.json:
         _print_json(endpoint.whole(body))
     elif args.no_stream:

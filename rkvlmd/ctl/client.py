@@ -30,6 +30,8 @@ class CtlError(Exception):
         self.message = message
         self.code = code
         self.param = param
+        #: More for scripts, beside code and message.
+        self.details: dict[str, Any] = {}
 
 
 class NoDaemonError(CtlError):

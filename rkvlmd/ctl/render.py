@@ -55,7 +55,7 @@ def cell(name: str, value: Any) -> str:
     number = isinstance(value, int | float)
     if number and (name in {"memory", "bytes"} or name.endswith("_bytes")):
         return size(value)
-    if number and (name in {"age", "uptime"} or name.endswith("_seconds")):
+    if number and (name in {"age", "phase_age", "uptime"} or name.endswith("_seconds")):
         return seconds(value)
     if isinstance(value, float):
         return f"{value:.3g}"
@@ -138,7 +138,7 @@ class ProgressLine:
         bar = "#" * round(share * _BAR)
         text = f"{state} {name} [{bar:.<{_BAR}}] {share:4.0%} {detail}"
         text = plain(text).replace("\n", " ").replace("\t", " ").rstrip()
-        text = text[: max(_columns(self._stream) - 1, 20)]
+        text = text[: max(window(self._stream)[0] - 1, 20)]
         self._stream.write("\r" + text.ljust(self._width))
         self._stream.flush()
         self._width = len(text)
@@ -151,8 +151,10 @@ class ProgressLine:
             self._width = 0
 
 
-def _columns(stream: TextIO) -> int:
+def window(stream: TextIO) -> tuple[int, int]:
+    """Return the columns and lines of a terminal; 80 and 24 where it does not say."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns
+        size = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):
-        return 80
+        return 80, 24
+    return size.columns or 80, size.lines or 24

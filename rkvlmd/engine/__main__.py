@@ -1,7 +1,8 @@
 """``python -m rkvlmd.engine ROLE --name NAME --fd N``: the start of every child.
 
 ``--script JSON`` gives faults to tests and benchmarks (``rkvlmd.engine.script``); the daemon
-never passes it. ``python -m rkvlmd.engine inspect FILE`` prints a model file's shapes as JSON.
+never passes it. ``python -m rkvlmd.engine inspect FILE`` prints an ONNX file's shapes as JSON,
+``inspect FOLDER`` what prompts of the model in it become.
 """
 
 from __future__ import annotations
@@ -73,14 +74,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _inspect(paths: list[str]) -> int:
-    from rkvlmd.engine.inspect import inspect
+    from rkvlmd.engine.inspect import inspect, prompts
     from rkvlmd.errors import RkvlmdError
 
     if len(paths) != 1:
-        print("usage: python -m rkvlmd.engine inspect FILE", file=sys.stderr)
+        print("usage: python -m rkvlmd.engine inspect FILE|FOLDER", file=sys.stderr)
         return 2
     try:
-        print(json.dumps(inspect(paths[0])))
+        found = prompts(paths[0]) if os.path.isdir(paths[0]) else inspect(paths[0])
+        print(json.dumps(found))
     except RkvlmdError as exc:
         print(exc.message, file=sys.stderr)
         return 1
@@ -96,14 +98,20 @@ def _limit_memory(most: int) -> None:
 
 
 def _versions(role: str) -> dict[str, str]:
-    from importlib import metadata
+    """Return the installed versions by the names of their folders, ``NAME-VERSION.dist-info``.
 
-    versions = {}
-    for name in LIBRARIES[role]:
+    ``importlib.metadata`` would say the same and cost each child 2.4 MB.
+    """
+    versions: dict[str, str] = {}
+    for folder in sys.path:
         try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
+            names = os.listdir(folder or ".")
+        except OSError:
             continue
+        for entry in names:
+            name, dash, version = entry.removesuffix(".dist-info").partition("-")
+            if dash and entry.endswith(".dist-info") and name.lower() in LIBRARIES[role]:
+                versions.setdefault(name.lower(), version)
     return versions
 
 

@@ -17,6 +17,8 @@ import numpy.typing as npt
 from rkvlmd.wire import child
 
 Rows = npt.NDArray[np.float32]
+#: Frames, rows and columns of patches.
+Grid = tuple[int, int, int]
 Progress = Callable[[float, str], None]
 Say = Callable[[child.FromChild], None]
 
@@ -28,8 +30,11 @@ class EncoderBackend(Protocol):
         """Open the model; return what ``ready`` tells (library versions, shapes)."""
         ...
 
-    def encode(self, pixels: npt.NDArray[Any]) -> Rows:
-        """Return float32 rows of shape (image tokens, embedding size), C order."""
+    def encode(self, pixels: npt.NDArray[Any], grid: Grid | None = None) -> Rows:
+        """Return float32 rows of shape (image tokens, outputs x embedding size), C order.
+
+        ``grid`` comes with flattened patches (``Encoder.patches``).
+        """
         ...
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rkvlmd.wire.child import Span
+from rkvlmd.wire import prefix
+from rkvlmd.wire.child import Generate, Span
 
 #: What stands at one place of the cache: a token, or one row of a picture.
 Place = int | tuple[str, int]
@@ -36,3 +37,11 @@ def reusable(cache: Sequence[Place], prompt: Sequence[Place]) -> int:
     the first token.
     """
     return min(common_prefix(cache, prompt), max(0, len(prompt) - 1))
+
+
+def names(order: Generate, record: Sequence[Place]) -> prefix.Chain:
+    """Return the names of the blocks of a cache that holds ``record`` after a run of ``order``."""
+    answer = [place for place in record[len(order.tokens) :] if isinstance(place, int)]
+    tokens = [*order.tokens[: len(record)], *answer]
+    spans = [span for span in order.spans if span.start < len(record)]
+    return prefix.of_tokens(tokens, spans, order.adapter)

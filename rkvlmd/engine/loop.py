@@ -26,7 +26,15 @@ MOST_ORDERS = 4
 #: Exit status after a bug here or in the daemon (EX_SOFTWARE of sysexits.h).
 EX_SOFTWARE = 70
 
-Order = child.Load | child.Picture | child.Render | child.Encode | child.Generate
+Order = (
+    child.Load
+    | child.Picture
+    | child.Video
+    | child.Render
+    | child.Encode
+    | child.Generate
+    | child.Embed
+)
 
 
 class Send(Protocol):

@@ -72,10 +72,11 @@ def read(fd: int) -> bytes:
     return b"".join(parts) if len(parts) != 1 else parts[0]
 
 
-def map_array(fd: int, tensor: Tensor) -> npt.NDArray[Any]:
+def map_array(fd: int, tensor: Tensor, *, own: bool = False) -> npt.NDArray[Any]:
     """Map a memory file read-only as the array that ``tensor`` describes.
 
-    The mapping lives as long as the array; the descriptor may be closed.
+    The mapping lives as long as the array; the descriptor may be closed. With
+    ``own`` it may be written: pages that are become copies, the file stays.
 
     Raises:
       MemoryFileError: unknown dtype, or the size is not exactly right.
@@ -91,5 +92,6 @@ def map_array(fd: int, tensor: Tensor) -> npt.NDArray[Any]:
         raise MemoryFileError(f"{size} bytes for shape {tensor.shape} of {tensor.dtype}")
     # Private, because Linux before 6.7 refuses a shared mapping of a write-sealed file even
     # when it is read-only.
-    mapped = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    prot = mmap.PROT_READ | (mmap.PROT_WRITE if own else 0)
+    mapped = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=prot)
     return np.frombuffer(mapped, dtype).reshape(tensor.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from rkvlmd.engine import kv
+from rkvlmd.engine import kv, onnx_hidden, onnx_inputs
 from rkvlmd.engine import onnx_cache as caches
 from rkvlmd.engine import onnx_common as common
 from rkvlmd.engine.backend import Progress, Rows, Say
+from rkvlmd.engine.conversations import Conversations
 from rkvlmd.engine.detok import Detokenizer, Vocabulary
 from rkvlmd.engine.sampling import Sampler
 from rkvlmd.engine.stops import StopMatcher
@@ -26,11 +27,13 @@ from rkvlmd.wire import child
 #: Tokens of a prompt that go through the decoder at once: bounds the memory of a prefill.
 CHUNK = 256
 EMBED = "decoder.files.embed"
+#: Key of the file for an empty cache, where there are two.
+FIRST = "decoder_prefill"
 Reason = Literal["stop", "length", "aborted"]
 
 
 class OnnxDecoder:
-    """``DecoderBackend`` over ``embed_tokens.onnx`` and ``decoder_model_merged.onnx``.
+    """``DecoderBackend`` over the files of the embeddings and of the decoder (one or two).
 
     The cache is kept between calls, and so is the record of what it holds.
     """
@@ -38,13 +41,30 @@ class OnnxDecoder:
     def __init__(self) -> None:
         self._abort = threading.Event()
         self._run = ort.RunOptions()
-        self._record: list[kv.Place] = []
         self._stop_ids: frozenset[int] = frozenset()
         self._context = 0
-        self._graph: caches.CachedGraph
+        self._kept: Conversations[caches.CachedGraph]
         self._shape: caches.Shape
+        self._inputs: onnx_inputs.Inputs
+        self._prompt: onnx_inputs.Prompt
+        self._size = 0
+        self._open: Callable[[int], caches.CachedGraph]
+        self._hidden = ""
         self._embed: ort.InferenceSession
         self._vocabulary: Vocabulary
+
+    @property
+    def _record(self) -> list[kv.Place]:
+        """What each place of the present cache holds."""
+        return self._kept.current.record
+
+    @property
+    def _graph(self) -> caches.CachedGraph:
+        return self._kept.current.cache
+
+    @_graph.setter
+    def _graph(self, graph: caches.CachedGraph) -> None:
+        self._kept.current.cache = graph
 
     def load(self, order: child.Load, progress: Progress) -> dict[str, Any]:
         """Open the files, compare them with the manifest and each other, run one token.
@@ -64,17 +84,30 @@ class OnnxDecoder:
         key = f"{caches.KEY}.file"
         session = common.open_session(folder / files["decoder"].file, key, threads)
         shape = caches.shape_of(session)
+        self._inputs = onnx_inputs.read(session, self._embed, manifest)
         if shape.embedding is not None:
             common.agree("decoder.embedding", "inputs_embeds", shape.embedding,
                          manifest.decoder.embedding)  # fmt: skip
         if declared := manifest.decoder.kv_bytes_per_token:
             common.agree("decoder.kv_bytes_per_token", "the cache", shape.bytes_per_token, declared)
+        first = None
+        if FIRST in files:
+            progress(0.6, f"opening {Path(files[FIRST].file).name}")
+            key = f"decoder.files.{FIRST}.file"
+            first = common.open_session(folder / files[FIRST].file, key, threads)
         self._context = manifest.decoder.context
+        self._size = manifest.decoder.embedding
         self._stop_ids = frozenset(manifest.stop_ids)
         self._shape = shape
-        self._graph = caches.open_cache(session, shape, self._context)
+        self._kept = Conversations(
+            caches.open_cache(session, shape, self._context, first),
+            bytes_per_place=shape.bytes_per_token,
+            budget=int(order.options.get("conversations_bytes", 0)),
+        )
+        self._open = lambda places: caches.open_cache(session, shape, places, first)
+        self._hidden = onnx_hidden.output(manifest, [s for s in (session, first) if s])
         progress(0.9, "first run")
-        self._first_run(manifest.decoder.embedding)
+        self._first_run()
         return {
             "libraries": {"onnxruntime": ort.__version__},
             "threads": threads,
@@ -99,9 +132,10 @@ class OnnxDecoder:
         """
         self._abort.clear()
         self._run = ort.RunOptions()
-        self._check(order, rows)
+        self._check(order)
+        self._prompt = onnx_inputs.Prompt(order, rows, self._size, self._inputs)
         try:
-            return self._generate(order, rows, say)
+            return self._generate(order, say)
         except BaseException as exc:
             self._forget()
             if isinstance(exc, common.RUN_ERRORS):
@@ -109,43 +143,108 @@ class OnnxDecoder:
                 raise RkvlmdError("engine_error", "The language decoder failed.") from exc
             raise
 
+    def embed(self, order: child.Embed, rows: Sequence[Rows]) -> Rows:
+        """Return the last layer's hidden states of a prompt, float32 of (tokens, embedding).
+
+        It has a cache of its own: that of the conversations stays as it is.
+
+        Raises:
+          RkvlmdError: as ``generate``; ``invalid_model`` when the file gives none.
+
+        """
+        self._abort.clear()
+        self._run = ort.RunOptions()
+        self._check(order)
+        kept, self._graph = self._graph, onnx_hidden.graph(self._open, order, self._hidden)
+        self._prompt = onnx_inputs.Prompt(order, rows, self._size, self._inputs)
+        blocks, total = [], len(order.tokens)
+        try:
+            while (start := self._graph.length) < total:
+                end = self._chunk_end(start, total)
+                embeds, beside = self._embed_tokens(order.tokens[start:end])
+                self._prompt.embed(embeds, start)
+                block = self._step(embeds, beside, logits=True)
+                assert block is not None, "nobody aborts an embed"
+                blocks.append(block)
+        except common.RUN_ERRORS as exc:
+            common.tell(f"decoder: {exc}")
+            raise RkvlmdError("engine_error", "The language decoder failed.") from exc
+        finally:
+            self._graph = kept
+        return np.concatenate(blocks)
+
     def abort(self) -> None:
         """End the running ``generate``; a prefill at the next node of its graph."""
         self._abort.set()
         self._run.terminate = True
 
-    def _generate(
-        self, order: child.Generate, rows: Sequence[Rows], say: Say
-    ) -> child.GenerateDone:
+    def _generate(self, order: child.Generate, say: Say) -> child.GenerateDone:
         started = time.monotonic()
         prompt = kv.places(order.tokens, order.spans)
-        cached = kv.reusable(self._record, prompt)
+        forgot = self._kept.take(prompt)
+        cached = self._reusable(prompt)
         self._graph.truncate(cached)
+        cached = min(cached, self._graph.length)
         del self._record[cached:]
-        logits = self._prefill(order, rows, prompt)
+        logits = self._prefill(order, prompt)
         now = time.monotonic()
         if logits is None:
-            return child.GenerateDone(id=order.id, reason="aborted", completion=0, seconds=0.0)
+            return self._done(order, "aborted", 0, 0.0, forgot)
         say(child.Prefilled(id=order.id, prompt=len(prompt), cached=cached, seconds=now - started))
         reason, completion = self._answer(order, logits, say)
-        seconds = time.monotonic() - now
+        return self._done(order, reason, completion, time.monotonic() - now, forgot)
+
+    def _done(
+        self,
+        order: child.Generate,
+        reason: Reason,
+        completion: int,
+        seconds: float,
+        forgot: list[int],
+    ) -> child.GenerateDone:
+        """Return the end, with what the cache holds now."""
         return child.GenerateDone(
-            id=order.id, reason=reason, completion=completion, seconds=seconds
+            id=order.id,
+            reason=reason,
+            completion=completion,
+            seconds=seconds,
+            conversation=self._kept.current.number,
+            held=list(kv.names(order, self._record)),
+            forgot=forgot,
         )
 
+    def _reusable(self, prompt: list[kv.Place]) -> int:
+        """Return how many places of the cache are kept for ``prompt``."""
+        cached = kv.reusable(self._record, prompt)
+        if self._inputs.types and (cut := self._prompt.whole(cached)) is not None:
+            return cut[0]
+        if self._shape.single and len(prompt) - cached > cached:
+            return 0  # Place by place would take longer than all at once from the start.
+        return cached
+
     def _prefill(
-        self, order: child.Generate, rows: Sequence[Rows], prompt: list[kv.Place]
+        self, order: child.Generate, prompt: list[kv.Place]
     ) -> npt.NDArray[np.float32] | None:
         """Bring the prompt into the cache; return the last logits, ``None`` after an abort."""
         logits = None
         while (start := len(self._record)) < len(prompt):
-            end = min(start + CHUNK, len(prompt))
-            embeds = self._embeddings(order, rows, start, end)
-            logits = self._step(embeds, logits=end == len(prompt))
+            end = self._chunk_end(start, len(prompt))
+            embeds, beside = self._embed_tokens(order.tokens[start:end])
+            self._prompt.embed(embeds, start)
+            logits = self._step(embeds, beside, logits=end == len(prompt))
             if logits is None:
                 return None
-            self._record += prompt[start:end]
+            self._record.extend(prompt[start:end])
         return logits
+
+    def _chunk_end(self, start: int, end: int) -> int:
+        """Return up to which place the next run goes."""
+        if self._shape.single:
+            return end if start == 0 else start + 1
+        at = min(start + CHUNK, end)
+        if self._inputs.types and (cut := self._prompt.whole(at)) is not None:
+            return cut[0] if cut[0] > start else cut[1]
+        return at
 
     def _answer(
         self, order: child.Generate, logits: npt.NDArray[np.float32], say: Say
@@ -172,7 +271,7 @@ class OnnxDecoder:
             if matcher.stopped:
                 return "stop", completion
             if completion < limit:
-                following = self._step(self._embed_tokens([token]), logits=True)
+                following = self._step(*self._embed_tokens([token]), logits=True)
                 if following is not None:
                     self._record.append(token)
         if completion < limit:
@@ -182,38 +281,33 @@ class OnnxDecoder:
             reason = "stop" if matcher.stopped else reason
         return reason, completion
 
-    def _step(self, embeds: npt.NDArray[Any], *, logits: bool) -> npt.NDArray[np.float32] | None:
+    def _step(
+        self, embeds: npt.NDArray[Any], beside: caches.Feeds, *, logits: bool
+    ) -> npt.NDArray[np.float32] | None:
         """Run the decoder; ``None`` when an abort stopped it."""
         if self._abort.is_set():
             return None
+        start = self._graph.length
+        feeds = self._inputs.feeds(self._prompt, start, start + embeds.shape[1], beside)
         try:
-            return self._graph.step(embeds, self._run, logits=logits)
+            return self._graph.step(embeds, self._run, logits=logits, feeds=feeds)
         except common.RUN_ERRORS:
             if self._abort.is_set():
                 return None
             raise
 
-    def _embeddings(
-        self, order: child.Generate, rows: Sequence[Rows], start: int, end: int
-    ) -> npt.NDArray[Any]:
-        """Return the embeddings of places ``start`` to ``end``, pictures put in."""
-        embeds = self._embed_tokens(order.tokens[start:end])
-        for span, values in zip(order.spans, rows, strict=True):
-            first, last = max(span.start, start), min(span.start + span.count, end)
-            if first < last:
-                embeds[0, first - start : last - start] = values[
-                    first - span.start : last - span.start
-                ]
-        return embeds
-
-    def _embed_tokens(self, tokens: Sequence[int]) -> npt.NDArray[Any]:
+    def _embed_tokens(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], caches.Feeds]:
+        """Return embeddings, (1, places, embedding), and what else the file gives by name."""
         arg = self._embed.get_inputs()[0]
         ids = np.array([tokens], common.dtype_of(arg, EMBED))
-        found: npt.NDArray[Any] = self._embed.run(None, {arg.name: ids})[0]
-        return found.astype(self._shape.embeds, copy=False)
+        outputs = self._embed.get_outputs()
+        values = self._embed.run(None, {arg.name: ids})
+        found = dict(zip((o.name for o in outputs), values, strict=True))
+        embeds = found.pop("inputs_embeds" if "inputs_embeds" in found else outputs[0].name)
+        return embeds.astype(self._shape.embeds, copy=False), found
 
-    def _check(self, order: child.Generate, rows: Sequence[Rows]) -> None:
-        tokens, size = len(order.tokens), self._shape.embedding
+    def _check(self, order: child.Generate | child.Embed) -> None:
+        tokens = len(order.tokens)
         if tokens == 0:
             raise RkvlmdError("engine_error", "The prompt is empty.")
         if tokens > self._context:
@@ -225,20 +319,17 @@ class OnnxDecoder:
         top = self._shape.vocabulary
         if min(order.tokens) < 0 or (top is not None and max(order.tokens) >= top):
             raise RkvlmdError("engine_error", "The prompt has a token that the model lacks.")
-        if len(rows) != len(order.spans):
-            raise RkvlmdError("engine_error", "Pictures and their places differ in number.")
-        for span, values in zip(order.spans, rows, strict=True):
-            wrong = size is not None and values.shape[1:] != (size,)
-            if wrong or len(values) != span.count or span.start + span.count > tokens:
-                raise RkvlmdError("engine_error", "A picture does not fit its place.")
 
-    def _first_run(self, embedding: int) -> None:
-        """Run one token, so that what the files do not say shows now, and memory is warm."""
+    def _first_run(self) -> None:
+        """Run two tokens, so that what the files do not say shows now, and memory is warm."""
+        order = child.Generate(id=0, tokens=[0, 0], max_tokens=0)
+        self._prompt = onnx_inputs.Prompt(order, [], self._size, self._inputs)
         try:
-            embeds = self._embed_tokens([0])
+            embeds, beside = self._embed_tokens([0])
             common.agree("decoder.embedding", "the row of the embedding table",
-                         embeds.shape[-1], embedding)  # fmt: skip
-            self._graph.step(embeds, self._run, logits=True)
+                         embeds.shape[-1], self._size)  # fmt: skip
+            for _ in order.tokens:
+                self._step(embeds, beside, logits=True)
         except common.RUN_ERRORS as exc:
             common.tell(f"decoder: {exc}")
             raise RkvlmdError(
@@ -247,8 +338,7 @@ class OnnxDecoder:
         self._forget()
 
     def _forget(self) -> None:
-        self._record = []
-        self._graph.truncate(0)
+        self._kept.clear()
 
 
 def _open_vocabulary(folder: Path, manifest: manifests.Manifest) -> Vocabulary:

@@ -64,7 +64,7 @@ def _prepare(data: bytes, encoder: Encoder, *, exact: bool) -> npt.NDArray[Any]:
 
 def _plain(data: bytes, encoder: Encoder) -> npt.NDArray[Any]:
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)).convert("RGB"))
-    return resample.to_input(image, encoder, exact=True)
+    return resample.to_tensor(resample.to_pixels(image, encoder, exact=True), encoder)
 
 
 def _median(run: Callable[[], object], repeats: int) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import binascii
 import io
+import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from rkvlmd.engine import resample
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import geometry
 from rkvlmd.models.manifest import Encoder
+from rkvlmd.models.views import Plan, View
 
 # Imported because that registers them: else Pillow loads all of its forty plugins for WebP.
 _PLUGINS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin, GifImagePlugin)
@@ -52,6 +55,20 @@ class Prepared:
     width: int
     height: int
     format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """One tensor for each view of ``plan``; sizes are of the upright original, pixels."""
+
+    tensors: list[npt.NDArray[Any]]
+    plan: Plan
+    width: int
+    height: int
+    format: str
+
+
+Planner = Callable[[int, int], Plan]
 
 
 def check_bytes(size: int, limits: Limits) -> None:
@@ -103,11 +120,33 @@ def sniff(data: bytes) -> str | None:
 
 
 def prepare(data: bytes, encoder: Encoder, limits: Limits, *, exact: bool = False) -> Prepared:
-    """Decode a picture file and bring it into the shape that the encoder wants.
+    """Decode a picture file into the one input of an encoder whose rule cuts nothing.
 
+    See ``prepare_views``.
+    """
+
+    def planner(width: int, height: int) -> Plan:
+        return Plan((View(0, geometry.single(width, height, encoder), encoder.tokens),), (0,))
+
+    views = prepare_views(data, planner, (encoder,), limits, exact=exact)
+    return Prepared(views.tensors[0], views.width, views.height, views.format)
+
+
+def prepare_views(
+    data: bytes,
+    planner: Planner,
+    encoders: Sequence[Encoder],
+    limits: Limits,
+    *,
+    exact: bool = False,
+) -> Views:
+    """Decode a picture file and bring it into the shapes that the encoders want.
+
+    ``planner`` says which views a picture of some width and height becomes.
     ``exact`` decodes everything before it resizes; without it a JPEG is
     decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 that leaves at least twice
-    the target in both axes, and large pictures shrink by whole factors first.
+    the target in both axes (19/20 of a large target), and large pictures
+    shrink by whole factors first.
 
     Raises:
       RkvlmdError: each way in which the file is no picture within the limits.
@@ -124,8 +163,8 @@ def prepare(data: bytes, encoder: Encoder, limits: Limits, *, exact: bool = Fals
         with warnings.catch_warnings():
             # Pillow warns of pictures above its own limit, and of odd files that it can read.
             warnings.simplefilter("ignore")
-            image, size = _decode(data, kind, encoder, limits, exact=exact)
-            tensor = resample.to_input(image, encoder, exact=exact)
+            image, size, plan = _decode(data, kind, planner, limits, exact=exact)
+            tensors = resample.to_inputs(image, plan.views, encoders, exact=exact)
     except RkvlmdError:
         raise
     except MemoryError:
@@ -136,13 +175,14 @@ def prepare(data: bytes, encoder: Encoder, limits: Limits, *, exact: bool = Fals
         raise RkvlmdError(
             "image_parse_error", f"The picture is a damaged or cut off {_name(kind)} file."
         ) from None
-    return Prepared(tensor=tensor, width=size[0], height=size[1], format=kind.lower())
+    return Views(tensors, plan, size[0], size[1], kind.lower())
 
 
 def _decode(
-    data: bytes, kind: str, encoder: Encoder, limits: Limits, *, exact: bool
-) -> tuple[Image.Image, tuple[int, int]]:
-    """Return an upright RGB picture and the size of the upright original."""
+    data: bytes, kind: str, planner: Planner, limits: Limits, *, exact: bool
+) -> tuple[Image.Image, tuple[int, int], Plan]:
+    """Return an upright RGB picture, the size of the upright original, and what it becomes."""
+    plan = None
     if kind == "WEBP":
         # Its plugin allocates two canvases when it opens the file.
         _check_size(_webp_size(data), limits)
@@ -153,7 +193,8 @@ def _decode(
         if kind == "JPEG":
             orientation = _orientation(image)
             if not exact and isinstance(image, JpegImagePlugin.JpegImageFile):
-                _draft(image, orientation, encoder)
+                plan = planner(*_upright(size, orientation))
+                _draft(image, orientation, plan)
             image.load()
         else:
             image.load()
@@ -164,7 +205,12 @@ def _decode(
         rgb = _to_rgb(image, deep=deep)
         if orientation in _TURNS:
             rgb = rgb.transpose(_TURNS[orientation])
-    return rgb, size if orientation < 5 else (size[1], size[0])
+    size = _upright(size, orientation)
+    return rgb, size, plan or planner(*size)
+
+
+def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return size if orientation < 5 else (size[1], size[0])
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
@@ -228,12 +274,12 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _draft(image: JpegImagePlugin.JpegImageFile, orientation: int, encoder: Encoder) -> None:
-    width, height = image.size if orientation < 5 else image.size[::-1]
-    place = geometry.content(width, height, encoder)
-    target = (place.width, place.height) if orientation < 5 else (place.height, place.width)
-    gap = int(resample.GAP)
-    image.draft(None, (gap * target[0], gap * target[1]))
+def _draft(image: JpegImagePlugin.JpegImageFile, orientation: int, plan: Plan) -> None:
+    """Decode fewer pixels where every view still has enough of them."""
+    firsts = [view.cut.sizes[0] for view in plan.views]
+    target = _upright((max(w for w, _ in firsts), max(h for _, h in firsts)), orientation)
+    gap = resample.GAP if math.prod(target) <= resample.LARGE else resample.LARGE_GAP
+    image.draft(None, (math.ceil(gap * target[0]), math.ceil(gap * target[1])))
 
 
 def _to_rgb(image: Image.Image, *, deep: bool) -> Image.Image:

@@ -7,13 +7,11 @@ import importlib
 import os
 from collections.abc import Sequence
 
-import msgspec
-
 from rkvlmd.engine import memfd
 from rkvlmd.engine.loop import Order, Send
 from rkvlmd.engine.script import Script
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.models import manifest
+from rkvlmd.models import manifest, views
 from rkvlmd.wire import child
 
 
@@ -43,6 +41,12 @@ class PrepRole:
             if self._script is not None:
                 self._script.strike("picture")
             self._picture(order, fds, send)
+        elif isinstance(order, child.Video):
+            from rkvlmd.engine import video_order
+
+            if self._script is not None:
+                self._script.strike("video")
+            video_order.work(order, fds, send)
         elif isinstance(order, child.Render):
             if self._script is not None:
                 self._script.strike("render")
@@ -55,7 +59,7 @@ class PrepRole:
 
         if len(fds) != 1:
             raise memfd.MemoryFileError(f"picture with {len(fds)} descriptors")
-        encoder = msgspec.convert(order.encoder, manifest.Encoder)
+        model = manifest.from_builtins(order.manifest)
         limits = pictures.Limits(
             max_bytes=order.max_bytes,
             max_pixels=order.max_pixels,
@@ -74,9 +78,28 @@ class PrepRole:
             raise RkvlmdError(
                 "image_file_too_large", "The picture file needs more memory than one may take."
             ) from None
-        prepared = pictures.prepare(data, encoder, limits, exact=order.exact)
-        fd, tensor = memfd.from_array(prepared.tensor, "rkvlmd-pixels")
+        prepared = pictures.prepare_views(
+            data,
+            lambda width, height: views.plan(model, width, height, order.detail),
+            model.encoders,
+            limits,
+            exact=order.exact,
+        )
+        fds = []
         try:
+            built = []
+            for view, array in zip(prepared.plan.views, prepared.tensors, strict=True):
+                fd, tensor = memfd.from_array(array, "rkvlmd-pixels")
+                fds.append(fd)
+                built.append(
+                    child.View(
+                        encoder=view.encoder,
+                        tensor=tensor,
+                        tokens=view.tokens,
+                        patches=view.patches,
+                        grid=view.grid,
+                    )
+                )
             send(
                 child.PictureDone(
                     id=order.id,
@@ -84,13 +107,14 @@ class PrepRole:
                     width=prepared.width,
                     height=prepared.height,
                     format=prepared.format,
-                    tensors=[tensor],
-                    tokens=encoder.tokens,
+                    views=built,
+                    layout=list(prepared.plan.layout),
                 ),
-                [fd],
+                fds,
             )
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
 
     def _render(self, order: child.Render, send: Send) -> None:
         from rkvlmd.engine import render

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import estimate, families, prompt
 from rkvlmd.models.manifest import Manifest, digest
+from rkvlmd.wire.child import Laid
 
 #: Models whose files stay open in one child; each tokenizer takes some 10 MB.
 _KEPT = 2
@@ -29,6 +30,8 @@ _PROBE = "rkvlmd probes this template"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 T = TypeVar("T")
+#: (start, count, picture, view)
+Span = tuple[int, int, int, int]
 
 
 class TemplateRefusalError(Exception):
@@ -39,33 +42,48 @@ def render(
     folder: str,
     manifest: Manifest,
     turns: Sequence[dict[str, Any]],
-    pictures: Sequence[int],
-) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """Return the prompt's token ids and where each picture's rows go.
+    pictures: Sequence[Laid],
+) -> tuple[list[int], list[Span]]:
+    """Return the prompt's token ids and where each view's rows go.
 
-    ``turns`` as in ``wire.child.Render``; ``pictures`` the number of image
-    tokens of each picture, by index. Spans are (start, count, picture).
+    ``turns`` and ``pictures`` as in ``wire.child.Render``; spans are (start,
+    count, picture, view).
 
     Raises:
       RkvlmdError: ``invalid_model`` for the model's own files,
         ``invalid_request`` for a conversation that the template refuses.
 
     """
-    order = prompt.picture_order(turns)
-    if sorted(order) != list(range(len(pictures))):
-        raise ValueError(f"places {order} for {len(pictures)} pictures")
+    layouts, places = _order(turns, pictures)
     words, template = _words(folder, manifest), _template(folder, manifest)
     try:
         rendered = template.render(turns, words.specials, len(pictures))
         tokens = prompt.tokenise(
-            prompt.place_pictures(rendered, template.place, len(pictures), manifest.image),
+            prompt.place_pictures(rendered, template.place, manifest.image, layouts),
             words.encode,
             words.encode_plain,
             words.ids,
         )
-        return prompt.expand(tokens, words.content, order, pictures)
+        return prompt.expand(tokens, words.content, places)
     except prompt.PromptError as exc:
         raise RkvlmdError("invalid_model", f"The model's files do not agree: {exc}.") from exc
+
+
+def _order(
+    turns: Sequence[dict[str, Any]], pictures: Sequence[Laid]
+) -> tuple[list[list[str | int]], list[tuple[int, int, int]]]:
+    """Return the layouts, and (picture, view, image tokens) of each view, as they come."""
+    order = prompt.picture_order(turns)
+    if sorted(order) != list(range(len(pictures))):
+        raise ValueError(f"places {order} for {len(pictures)} pictures")
+    layouts = [pictures[index].layout for index in order]
+    places = [
+        (index, view, pictures[index].tokens[view])
+        for index in order
+        for view in pictures[index].layout
+        if isinstance(view, int)
+    ]
+    return layouts, places
 
 
 class Rendered(NamedTuple):
@@ -73,7 +91,7 @@ class Rendered(NamedTuple):
 
     text: str
     tokens: list[int]
-    spans: list[tuple[int, int, int]]
+    spans: list[Span]
     most: int
 
 
@@ -81,7 +99,7 @@ def render_text(
     folder: str,
     manifest: Manifest,
     turns: Sequence[dict[str, Any]],
-    pictures: Sequence[int],
+    pictures: Sequence[Laid],
 ) -> Rendered:
     """Return the prompt as text, ``<image>`` at each picture's place; arguments as for ``render``.
 
@@ -93,9 +111,7 @@ def render_text(
       RkvlmdError: see ``render``.
 
     """
-    order = prompt.picture_order(turns)
-    if sorted(order) != list(range(len(pictures))):
-        raise ValueError(f"places {order} for {len(pictures)} pictures")
+    layouts, places = _order(turns, pictures)
     words = _words(folder, manifest) if manifest.tokenizer is not None else None
     tags = manifest.image
     strings = {*prompt.RKLLM_PLACES, *manifest.special_strings, manifest.marker}
@@ -106,13 +122,14 @@ def render_text(
     # The library takes a string of C: it would end at the first NUL.
     rendered = rendered.replace(prompt.BREAK, prompt.ZERO_WIDTH).replace("\0", "")
     try:
-        text = prompt.mark_pictures(rendered, template.place, len(pictures))
+        films = [at for at, i in enumerate(prompt.picture_order(turns)) if pictures[i].video]
+        text = prompt.mark_pictures(rendered, template.place, tags, layouts, films)
         if words is None:
-            count = estimate.most_tokens(text) + sum(pictures) + 2 * len(pictures)
-            spans = [(0, pictures[index], index) for index in order]
-            return Rendered(text, [], spans, count)
-        shown = prompt.place_pictures(rendered, template.place, len(pictures), tags)
-        tokens, spans = prompt.expand(words.encode(shown), words.content, order, pictures)
+            count = sum(tokens for _, _, tokens in places) + 2 * len(places)
+            spans = [(0, tokens, index, view) for index, view, tokens in places]
+            return Rendered(text, [], spans, estimate.most_tokens(text) + count)
+        shown = prompt.place_pictures(rendered, template.place, tags, layouts)
+        tokens, spans = prompt.expand(words.encode(shown), words.content, places)
     except prompt.PromptError as exc:
         raise RkvlmdError("invalid_model", f"The model's files do not agree: {exc}.") from exc
     return Rendered(text, tokens, spans, len(tokens))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from rkvlmd.models import geometry
-from rkvlmd.models.manifest import Encoder
+from rkvlmd.models.geometry import Place
+from rkvlmd.models.manifest import Encoder, Patches, Resize
+from rkvlmd.models.views import View
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -21,71 +25,199 @@ _FILTERS = {
 }
 #: The fast path first shrinks by whole factors to no less than this many times the target.
 GAP = 2.0
+#: The same for targets of more than ``LARGE`` pixels, as those of pictures that are cut have:
+#: resizing twice as many in each axis would take longer than everything else.
+LARGE_GAP, LARGE = 0.95, 600_000
 #: How far Pillow may reduce by whole numbers before it resamples, in target sizes.
 REDUCE_GAP = 1.5
 
 
-def to_input(image: Image.Image, encoder: Encoder, *, exact: bool) -> npt.NDArray[Any]:
-    """Return the tensor of one picture: batch 1, the encoder's layout and dtype.
+def to_inputs(
+    image: Image.Image, views: Sequence[View], encoders: Sequence[Encoder], *, exact: bool
+) -> list[npt.NDArray[Any]]:
+    """Return the tensor of each view: batch 1, the encoder's layout and dtype; or its patches.
 
     uint8 for an encoder with mean and std baked in, else float32.
     """
-    return to_tensor(to_pixels(image, encoder, exact=exact), encoder)
+    sheets = Sheets(image, exact=exact)
+    if not exact:
+        # The large sizes first: the small ones are made of them.
+        for view in sorted(views, key=lambda view: -math.prod(view.cut.sizes[-1])):
+            sheets.prepare(view.cut, encoders[view.encoder].resize)
+    return [
+        to_tensor(
+            sheets.pixels(view.cut, encoders[view.encoder].resize),
+            encoders[view.encoder],
+            exact=exact,
+        )
+        for view in views
+    ]
 
 
 def to_pixels(image: Image.Image, encoder: Encoder, *, exact: bool) -> Pixels:
-    """Return an RGB picture at the encoder's size, uint8 of shape (height, width, 3)."""
-    if not encoder.resize.antialias:
-        return _sample(np.asarray(image), encoder)
-    place = geometry.content(*image.size, encoder)
-    resized = image.resize(
-        (place.width, place.height),
-        _FILTERS[encoder.resize.resample],
-        reducing_gap=None if exact else REDUCE_GAP,
-    )
-    if encoder.resize.rule == "pad":
-        sheet = Image.new("RGB", (encoder.width, encoder.height), encoder.resize.fill)
-        sheet.paste(resized, (place.left, place.top))
-        resized = sheet
-    return np.asarray(resized)
+    """Return the one input of a rule that cuts nothing, uint8 of shape (height, width, 3)."""
+    return Sheets(image, exact=exact).pixels(geometry.single(*image.size, encoder), encoder.resize)
 
 
-def to_tensor(pixels: Pixels, encoder: Encoder) -> npt.NDArray[Any]:
+class Sheets:
+    """A decoded RGB picture and the sizes to which it was resized for its views."""
+
+    def __init__(self, image: Image.Image, *, exact: bool) -> None:
+        self._image = image
+        self._exact = exact
+        self._source: Pixels | None = None
+        self._made: dict[tuple[tuple[geometry.Size, ...], Image.Resampling], Image.Image] = {}
+        self._dots: dict[Any, Pixels] = {}
+
+    def pixels(self, cut: geometry.Cut, resize: Resize) -> Pixels:
+        """Return the pixels of a view, uint8 of shape (height, width, 3)."""
+        sizes, place = cut.sizes, cut.place
+        if not resize.antialias:
+            return _crop(self._sampled(cut, resize), place, resize.fill)
+        resized = self._resized(sizes, _FILTERS[resize.resample])
+        if (place.left, place.top, place.width, place.height) != (0, 0, *resized.size):
+            sheet = Image.new("RGB", (place.width, place.height), resize.fill)
+            sheet.paste(resized, (-place.left, -place.top))
+            resized = sheet
+        return np.asarray(resized)
+
+    def prepare(self, cut: geometry.Cut, resize: Resize) -> None:
+        """Resize for a view, so that ``pixels`` has it ready."""
+        if resize.antialias:
+            self._resized(cut.sizes, _FILTERS[resize.resample])
+
+    def _resized(self, sizes: tuple[geometry.Size, ...], how: Image.Resampling) -> Image.Image:
+        key = (sizes, how)
+        if key not in self._made:
+            if len(sizes) > 1:
+                before = self._resized(sizes[:-1], how)
+            elif self._exact:
+                before = self._image
+            else:
+                before = self._nearest(sizes[0], how)
+            gap = None if self._exact else REDUCE_GAP
+            same = before.size == sizes[-1]
+            self._made[key] = before if same else before.resize(sizes[-1], how, reducing_gap=gap)
+        return self._made[key]
+
+    def _nearest(self, size: geometry.Size, how: Image.Resampling) -> Image.Image:
+        """Return the smallest picture made so far that has ``GAP`` times this size."""
+        found = [
+            made
+            for (sizes, other), made in self._made.items()
+            if other == how
+            and all(have >= GAP * want for have, want in zip(sizes[-1], size, strict=True))
+        ]
+        return min(found, key=lambda made: math.prod(made.size), default=self._image)
+
+    def _sampled(self, cut: geometry.Cut, resize: Resize) -> Pixels:
+        key = (cut.sizes, cut.padded, resize.resample, resize.fill)
+        if key not in self._dots:
+            if self._source is None:
+                self._source = np.asarray(self._image)
+            source = self._source
+            for number, size in enumerate(cut.sizes):
+                height, width = source.shape[:2]
+                sheet = Place(0, 0, width, height)
+                if cut.padded and number == 0:
+                    # Of the decoded picture, which may be smaller than the file's.
+                    sheet = geometry.canvas(width, height, size)
+                source = _sample(source, size, sheet, resize)
+            self._dots[key] = source
+        return self._dots[key]
+
+
+def _crop(pixels: Pixels, place: Place, fill: tuple[int, int, int]) -> Pixels:
+    height, width = pixels.shape[:2]
+    left, top = max(0, place.left), max(0, place.top)
+    right, bottom = min(width, place.left + place.width), min(height, place.top + place.height)
+    inner = pixels[top:bottom, left:right]
+    if inner.shape[:2] == (place.height, place.width):
+        return inner
+    sheet = np.empty((place.height, place.width, 3), np.uint8)
+    sheet[:] = fill
+    x, y = left - place.left, top - place.top
+    sheet[y : y + inner.shape[0], x : x + inner.shape[1]] = inner
+    return sheet
+
+
+def to_tensor(pixels: Pixels, encoder: Encoder, *, exact: bool = True) -> npt.NDArray[Any]:
     """Order channels and axes, and normalise unless that is baked into the encoder.
 
     ``mean`` and ``std`` are in the order in which the encoder sees the
-    channels.
+    channels. What is not ``exact`` multiplies and adds once, which differs in
+    the last bits.
     """
     if encoder.colour == "bgr":
         pixels = pixels[:, :, ::-1]
-    tensor: npt.NDArray[Any] = pixels
-    if not encoder.baked:
-        # This order, in float32, is what the published image processors compute.
-        tensor = pixels.astype(np.float32)
-        tensor /= np.float32(255)
-        tensor -= np.asarray(encoder.mean, np.float32)
-        tensor /= np.asarray(encoder.std, np.float32)
-    if encoder.layout == "nchw":
-        tensor = tensor.transpose(2, 0, 1)
-    return np.ascontiguousarray(tensor[None])
+    if encoder.patches is not None:
+        return _flatten(pixels, encoder, encoder.patches, exact=exact)
+    channel = 1 if encoder.layout == "nchw" else 3
+    # In bytes, a quarter of the floats to move.
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1) if channel == 1 else pixels)[None]
+    if encoder.baked:
+        return pixels
+    tensor = np.empty(pixels.shape, np.float32)
+    _normalise(pixels, tensor, encoder, channel, exact=exact)
+    return tensor
+
+
+def _normalise(
+    pixels: Pixels, into: npt.NDArray[np.float32], encoder: Encoder, channel: int, *, exact: bool
+) -> None:
+    shape = [1] * pixels.ndim
+    shape[channel] = 3
+    mean = np.asarray(encoder.mean, np.float32).reshape(shape)
+    std = np.asarray(encoder.std, np.float32).reshape(shape)
+    if not exact:
+        np.multiply(pixels, 1 / (255 * std), out=into)
+        into -= mean / std
+        return
+    # This order, in float32, is what the published image processors compute.
+    into[...] = pixels
+    into /= np.float32(255)
+    into -= mean
+    into /= std
+
+
+def _flatten(
+    pixels: Pixels, encoder: Encoder, patches: Patches, *, exact: bool
+) -> npt.NDArray[np.float32]:
+    """Return flattened patches, (patches, 3 x temporal x size x size), merged ones together.
+
+    The order is that of Qwen2-VL's image processor: block rows, block columns,
+    rows and columns in a block; in a patch channels, times, rows, columns. One
+    block row at a time stays in the processor's cache.
+    """
+    size, merge, times = patches.size, patches.merge, patches.temporal
+    band = size * merge
+    bands, columns = pixels.shape[0] // band, pixels.shape[1] // band
+    flat = np.empty((bands, columns, merge, merge, 3, times, size, size), np.float32)
+    for i, rows in enumerate(flat):
+        strip = pixels[i * band : (i + 1) * band, : columns * band].transpose(2, 0, 1)
+        planes = np.empty(strip.shape, np.float32)
+        _normalise(np.ascontiguousarray(strip), planes, encoder, 0, exact=exact)
+        cells = planes.reshape(3, merge, size, columns, merge, size).transpose(3, 1, 4, 0, 2, 5)
+        rows[:] = cells[:, :, :, :, None]
+    return flat.reshape(bands * columns * merge * merge, -1)
 
 
 # --- without antialiasing ------------------------------------------------------------
 
 
-def _sample(source: Pixels, encoder: Encoder) -> Pixels:
+def _sample(source: Pixels, size: geometry.Size, sheet: Place, resize: Resize) -> Pixels:
     """Sample without antialiasing, pixel centres on pixel centres as in OpenCV and PyTorch.
 
-    Only as many source pixels as the kernel has taps count, however much the
+    ``source`` lies at ``sheet``'s left and top in a canvas of its size. Only
+    as many source pixels as the kernel has taps count, however much the
     picture shrinks. Memory follows the target's size, never the source's.
     """
     height, width = source.shape[:2]
-    sheet = geometry.canvas(width, height, encoder)
-    radius, kernel = _KERNELS[encoder.resize.resample]
-    rows, row_weights = _taps(sheet.height, encoder.height, radius, kernel)
-    columns, column_weights = _taps(sheet.width, encoder.width, radius, kernel)
-    fill = np.asarray(encoder.resize.fill, np.float32)
-    total = np.zeros((encoder.height, encoder.width, 3), np.float32)
+    radius, kernel = _KERNELS[resize.resample]
+    rows, row_weights = _taps(sheet.height, size[1], radius, kernel)
+    columns, column_weights = _taps(sheet.width, size[0], radius, kernel)
+    fill = np.asarray(resize.fill, np.float32)
+    total = np.zeros((size[1], size[0], 3), np.float32)
     for i in range(rows.shape[1]):
         y, y_inside = _inside(rows[:, i] - sheet.top, height)
         for j in range(columns.shape[1]):

@@ -93,6 +93,11 @@ class Answer:
         """Since the first token, or 0."""
         return 0.0 if self._first is None else time.monotonic() - self._first
 
+    @property
+    def waited(self) -> float:
+        """Until the first token, or 0."""
+        return 0.0 if self._first is None else self._first - self._begin
+
     def _finish(self, perf: Any) -> None:
         self.perf = child.Perf(
             prefill_tokens=perf.prefill_tokens,

@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rkvlmd.board import driver as drivers
 from rkvlmd.board import soc as socs
 from rkvlmd.board.root import Root
 from rkvlmd.engine import (
     kv,
     rkllm_defects,
     rkllm_errors,
+    rkllm_hidden,
     rkllm_log,
     rkllm_probe,
     rkllm_prompts,
     rkllm_sampling,
+    rkllm_setup,
 )
-from rkvlmd.engine import rkllm_inputs as inputs
 from rkvlmd.engine.backend import Progress, Rows, Say
 from rkvlmd.engine.rkllm_answer import Answer
-from rkvlmd.engine.rkllm_embed import Table
+from rkvlmd.engine.rkllm_conversations import Conversations
 from rkvlmd.engine.rkllm_library import Library, open_library
-from rkvlmd.engine.rkllm_record import Parts, Record, parts
+from rkvlmd.engine.rkllm_record import Record
+from rkvlmd.engine.rkllm_request import Request, Requests
 from rkvlmd.engine.rkllm_session import (
     ImageTags,
     InitError,
     Sampling,
     Session,
-    Setup,
     infer_param,
 )
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
 from rkvlmd.models import rkllm
-from rkvlmd.wire import child
-
-#: How many CPUs the library takes where nobody says: its own default.
-DEFAULT_CPUS = 4
+from rkvlmd.wire import child, prefix
 
 
 class RkllmDecoder:
@@ -54,13 +55,19 @@ class RkllmDecoder:
         self._record = Record()
         self._places: list[kv.Place] = []
         self._runs = 0
+        self._kept = 0
         self._told_apart = False
         self._stop_ids: frozenset[int] = frozenset()
         self._reject = False
         self._session: Session
         self._manifest: manifests.Manifest
         self._tags = ImageTags()
-        self._table: Table | None = None
+        self._requests: Requests
+        self._conversations: Conversations | None = None
+        #: Loads the saved beginning of all prompts, where the model has one.
+        self._prompt_again: Callable[[], bool] = bool
+        #: The names of what the library's cache holds, none where that is not known.
+        self._names: prefix.Chain = ()
         self._adapter = ""
 
     # --- load -------------------------------------------------------------------------
@@ -85,24 +92,38 @@ class RkllmDecoder:
             wanted=manifest.decoder.runtime_versions,
         )
         soc = socs.read(Root(), options.get("soc", "")).soc
-        setup = self._setup(manifest, Path(order.folder), soc)
+        setup = rkllm_setup.setup(manifest, Path(order.folder), soc)
+        self._tags = setup.tags
         progress(0.05, f"loading {setup.model.name}")
         session = Session(library)
         with rkllm_log.copied() as said, contextlib.suppress(InitError):
             session.open(setup)
         if not session.is_open:
-            raise rkllm_errors.load_error(manifest, library.version, said.errors)
+            known = str(said.fields.get("driver", "")) or drivers.read(Root()).version
+            raise rkllm_errors.load_error(manifest, library.version, said.errors, known)
         self._session = session
+        probed: rkllm_probe.Found | None = None
         try:
-            _compare(manifest, library, said.fields, override=bool(options.get("layout")))
+            rkllm_setup.compare(
+                manifest, library, said.fields, override=bool(options.get("layout"))
+            )
             session.raw_template()
             self._load_adapters(Path(order.folder))
-            if manifest.decoder.input == "embeddings":
-                self._table = Table(Path(order.folder), manifest)
-            elif manifest.encoders:
+            self._requests = Requests(manifest, library, Path(order.folder), self._has)
+            beside = manifest.decoder.cross_attention is not None
+            if self._requests.table is None and manifest.encoders and not beside:
                 progress(0.9, "probing the cache")
-                self._told_apart = self._probe(options, library)
+                probed = self._probe(options, library)
+                self._told_apart = probed.pictures_told_apart
             cached = self._load_prompt(options, library)
+            able = self._requests.table is None and not beside
+            self._conversations = Conversations(
+                session,
+                int(options.get("conversations_bytes", 0)) if able else 0,
+                pictures=not self._has("prompt_cache_cut_at_picture"),
+                why="this model cannot save any" if self._has("no_prompt_cache") else "",
+                released=self._prompt_again,
+            )
         except BaseException:
             self.close()
             raise
@@ -114,60 +135,30 @@ class RkllmDecoder:
             "iommu_domain": setup.domain,
             "adapters": [adapter.name for adapter in manifest.decoder.adapters],
             "prompt_cache": cached,
+            "conversations": self._conversations.on,
             "pictures_told_apart": self._told_apart,
+            "probe": None if probed is None else asdict(probed),
             "sampling_per_request": library.layout.per_run,
             "defects": rkllm_defects.met(library.version, manifest.family),
             **{k: v for k, v in said.fields.items() if k != "runtime"},
         }
 
-    def _setup(self, manifest: manifests.Manifest, folder: Path, soc: socs.Soc | None) -> Setup:
-        decoder = manifest.decoder
-        model = folder / decoder.files["model"].file
-        if not model.is_file():
-            raise RkvlmdError(
-                "invalid_model", f"decoder.files.model.file: {model.name} is missing."
-            )
-        cpus = DEFAULT_CPUS if decoder.cpu_mask is None else decoder.cpu_mask.bit_count()
-        if cpus < decoder.npu_cores:
-            raise RkvlmdError(
-                "invalid_model",
-                f"decoder.cpu_mask: has {cpus} CPUs, but the model uses {decoder.npu_cores} NPU"
-                " cores.",
-            )
-        domain = decoder.iommu_domain
-        if domain is None:
-            domain = soc.domain if soc is not None else 0
-        if manifest.image is not None:
-            tags = manifest.image
-            self._tags = ImageTags(tags.start.encode(), tags.end.encode(), tags.content.encode())
-        return Setup(
-            model=model,
-            context=decoder.context,
-            # Before 1.3.0 this is the only limit that the library has; ours is counted.
-            max_new_tokens=decoder.context,
-            sampling=rkllm_sampling.convert(manifest.defaults),
-            tags=self._tags,
-            n_keep=decoder.n_keep,
-            domain=domain,
-            cpu_mask=decoder.cpu_mask,
-            embed_flash=decoder.embed_flash,
-        )
-
-    def _probe(self, options: dict[str, Any], library: Library) -> bool:
+    def _probe(self, options: dict[str, Any], library: Library) -> rkllm_probe.Found:
         encoder = self._manifest.encoders[0]
         key = rkllm_probe.key(library, self._manifest.decoder.files["model"].sha256)
-        told = rkllm_probe.remembered(options.get("state", ""), key)
-        if told is None:
-            told = rkllm_probe.pictures_told_apart(
+        found = rkllm_probe.remembered(options.get("state", ""), key)
+        if found is None:
+            found = rkllm_probe.look(
                 self._session,
                 tokens=encoder.tokens,
                 row=self._manifest.decoder.embedding * encoder.outputs,
                 width=encoder.width,
                 height=encoder.height,
                 tags=self._tags,
+                special=next(iter(self._manifest.special_strings), ""),
             )
-            rkllm_probe.remember(options.get("state", ""), key, told=told)
-        return told
+            rkllm_probe.remember(options.get("state", ""), key, found)
+        return found
 
     def _load_adapters(self, folder: Path) -> None:
         for i, adapter in enumerate(self._manifest.decoder.adapters):
@@ -186,7 +177,9 @@ class RkllmDecoder:
         if not text or self._has("no_prompt_cache"):
             return False
         key = rkllm_probe.key(library, self._manifest.decoder.files["model"].sha256)
-        return rkllm_prompts.load(self._session, text, options.get("state", ""), key)
+        state = options.get("state", "")
+        self._prompt_again = partial(rkllm_prompts.load, self._session, text, state, key)
+        return self._prompt_again()
 
     def _has(self, defect: str) -> bool:
         """Whether this library and model meet a known defect."""
@@ -205,25 +198,22 @@ class RkllmDecoder:
 
         """
         self._abort.clear()
-        wanted = self._check(order, rows)
+        request = self._requests.build(order, rows)
         sampling, ignored = self._sampling(order)
-        session = self._session
-        value, block = self._input(order, rows)
+        session, conversations = self._session, self._conversations
+        assert conversations is not None, "load comes first"
+        names = prefix.of_text(order.prompt, order.spans, order.adapter)
+        self._restore(conversations, names, request)
+        self._make_room(order, request)
+        places = kv.places(order.tokens, order.spans) if order.tokens else []
+        saved = conversations.begin(names, request.parts, places)
         infer = infer_param(
             session.library,
             sampling=sampling,
             max_new_tokens=order.max_tokens,
             lora=order.adapter.encode() if order.adapter else None,
+            save_prompt_cache=None if saved is None else saved.path,
         )
-        # What one adapter has computed is of no use to another.
-        if order.adapter != self._adapter or (self._table is not None and self._has("embed_cache")):
-            self._record.unknown()
-        self._adapter = order.adapter
-        if self._record.must_clear(wanted, told_apart=self._told_apart):
-            session.clear()
-            self._record.cleared()
-            self._places = []
-        places = kv.places(order.tokens, order.spans) if order.tokens else []
         answer = Answer(
             order,
             say,
@@ -235,16 +225,27 @@ class RkllmDecoder:
             limits_itself=session.library.layout.per_run,
         )
         self._record.unknown()
+        self._names = ()
         self._runs += 1
-        rc = session.run(value, infer, answer)
-        del block
-        if rc != 0 or answer.failed:
+        rc = session.run(request.value, infer, answer)
+        well = rc == 0 and not answer.failed
+        prompt = self._prompt_tokens(order, answer) if well else 0
+        forgot = conversations.finish(
+            saved, well=well, prompt=prompt, first=answer.waited, perf=answer.perf
+        )
+        if not well:
             self._raise(answer, rc)
+            prompt = self._prompt_tokens(order, answer)
         reason = answer.finish()
-        if not (answer.cut or self._abort.is_set() or rc or answer.failed):
-            self._record.holds(wanted, answer.text)
+        if not (answer.cut or self._abort.is_set() or not well):
+            self._record.holds(request.parts, answer.text)
             self._places = [*places, *answer.tokens] if places else []
-        prompt = self._prompt_tokens(order, answer)
+            if not self._has("no_prefix_reuse"):
+                whole = order.prompt + answer.text
+                self._names = prefix.of_text(whole, order.spans, order.adapter)
+        number = conversations.number(saved)
+        if number:
+            forgot.append(0)  # what the library held besides
         return child.GenerateDone(
             id=order.id,
             reason=reason,
@@ -253,9 +254,68 @@ class RkllmDecoder:
             prompt=prompt,
             cached=self._cached(prompt, answer),
             ignored=ignored,
-            recycle=self._leaks(),
+            recycle=self.recycle,
             perf=answer.perf,
+            conversation=number,
+            held=list(self._names or (names if number else ())),
+            forgot=forgot,
         )
+
+    def _restore(self, conversations: Conversations, names: prefix.Chain, request: Request) -> None:
+        """Take up the conversation that a prompt continues, if another one was at work since."""
+        saved = conversations.restore(
+            names, request.parts, self._names, told_apart=self._told_apart
+        )
+        if saved is not None:
+            self._record.holds(saved.parts, "")
+            self._places = list(saved.places)
+
+    def embed(self, order: child.Embed, rows: Sequence[Rows]) -> Rows:
+        """Return the hidden states of the last layer, float32 of shape (tokens, embedding).
+
+        Raises:
+          RkvlmdError: see ``generate``; ``engine_error`` when the library gives
+            fewer rows than what is pooled needs.
+
+        """
+        self._abort.clear()
+        request = self._requests.build(order, rows)
+        # Nothing says that states are given again for what the cache holds (#446).
+        self._record.unknown()
+        self._names = ()
+        self._make_room(order, request)
+        self._record.unknown()
+        self._runs += 1
+        found = rkllm_hidden.states(
+            self._session,
+            request.value,
+            embedding=self._manifest.decoder.embedding,
+            lora=order.adapter,
+        )
+        self._kept += found.nbytes
+        pooled = self._manifest.embeddings
+        if pooled is not None and pooled.pool != "last" and len(found) < len(order.tokens):
+            raise RkvlmdError(
+                "engine_error",
+                f"The RKLLM runtime gave the hidden states of {len(found)} of {len(order.tokens)}"
+                " tokens.",
+            )
+        return found
+
+    def _make_room(self, order: child.Generate | child.Embed, request: Request) -> None:
+        """Clear the cache where what it holds would be taken for something else."""
+        # What one adapter has computed is of no use to another.
+        embeds = self._requests.table is not None
+        if order.adapter != self._adapter or (embeds and self._has("embed_cache")):
+            self._record.unknown()
+        self._adapter = order.adapter
+        beside = request.caches is not None
+        if self._record.must_clear(request.parts, told_apart=self._told_apart, beside=beside):
+            self._session.clear()
+            self._record.cleared()
+            self._places = []
+        if request.caches is not None and self._session.set_cross_attention(request.caches.param):
+            raise RkvlmdError("engine_error", "The RKLLM runtime took no cross attention.")
 
     def abort(self) -> None:
         """End the running ``generate`` after its next token; a prefill runs to its end."""
@@ -264,53 +324,9 @@ class RkllmDecoder:
 
     def close(self) -> None:
         """Give the model back; nothing may be running."""
+        if self._conversations is not None:
+            self._conversations.close()
         self._session.close()
-
-    def _check(self, order: child.Generate, rows: Sequence[Rows]) -> Parts:
-        """Return the prompt as texts and pictures, checked against everything that came with it."""
-        if not order.prompt:
-            raise RkvlmdError("engine_error", "The prompt is empty.")
-        context, known = self._manifest.decoder.context, len(order.tokens)
-        if known > context:
-            raise RkvlmdError(
-                "context_length_exceeded",
-                f"This model's context is {context} tokens, but the prompt has {known}.",
-                param="messages",
-            )
-        if len(rows) != len(order.spans):
-            raise RkvlmdError("engine_error", "Pictures and their places differ in number.")
-        mixes = self._has("mixes_pictures") or self._has("one_picture")
-        if len(rows) > 1 and mixes and self._table is None:
-            raise RkvlmdError(
-                "too_many_images",
-                f"Version {self._session.library.version} of the RKLLM runtime mixes up several"
-                " pictures of this model; send one.",
-                param="messages",
-            )
-        adapters = {adapter.name for adapter in self._manifest.decoder.adapters}
-        if order.adapter and order.adapter not in adapters:
-            raise RkvlmdError("model_not_found", "The model has no such adapter.", param="model")
-        inputs.check_places(order.prompt.encode(), len(rows))
-        return parts(order.prompt, [span.key for span in order.spans])
-
-    def _input(self, order: child.Generate, rows: Sequence[Rows]) -> tuple[Any, Any]:
-        """Return the input, and the rows that must outlive the run."""
-        layout, prompt = self._session.library.layout, order.prompt.encode()
-        if self._table is not None:
-            embeds = self._table(order.tokens, order.spans, rows)
-            return inputs.embed_input(layout, embeds), embeds
-        if not rows:
-            return inputs.prompt_input(layout, prompt), None
-        encoder = self._manifest.encoders[0]
-        block = inputs.stack(
-            rows,
-            tokens=encoder.tokens,
-            row=self._manifest.decoder.embedding * encoder.outputs,
-            width=encoder.width,
-            height=encoder.height,
-            tags=self._tags,
-        )
-        return inputs.multimodal_input(layout, prompt, block), block
 
     def _sampling(self, order: child.Generate) -> tuple[Sampling | None, list[str]]:
         """Return what the run gets, and our names of what it cannot have."""
@@ -359,25 +375,8 @@ class RkllmDecoder:
             return None
         return max(0, prompt - answer.perf.prefill_tokens)
 
-    def _leaks(self) -> bool:
-        return self._has("leaks") and self._runs >= rkllm_defects.RECYCLE_RUNS
-
-
-def _compare(
-    manifest: manifests.Manifest, library: Library, fields: dict[str, str | int], *, override: bool
-) -> None:
-    """Compare what the library has printed with the manifest and with its own file."""
-    runtime = fields.get("runtime")
-    if runtime is not None and runtime != library.version and not override:
-        raise RkvlmdError(
-            "model_failed",
-            f"npu.library: {library.path.name} says that it is version {library.version}, but at"
-            f" run time it is {runtime}; npu.layout can name the layout to assume.",
-        )
-    cores, declared = fields.get("npu_cores"), manifest.decoder.npu_cores
-    if declared and cores is not None and cores != declared:
-        raise RkvlmdError(
-            "invalid_model",
-            f"decoder.npu_cores: the manifest says {declared}, but the file was converted for"
-            f" {cores}.",
-        )
+    @property
+    def recycle(self) -> bool:
+        """Whether the library has leaked so much that this child should be replaced."""
+        runs = self._has("leaks") and self._runs >= rkllm_defects.RECYCLE_RUNS
+        return runs or (self._has("keeps_floats") and self._kept >= rkllm_defects.KEPT_BYTES)

@@ -28,20 +28,20 @@ DEFECTS = (
         "no_prefix_reuse",
         "The cache is cleared by the library before every run.",
         "#517, #519",
-        families=("qwen3.5",),
+        families=("qwen3_5",),
     ),
     Defect(
         "leaks",
         "Each run keeps about 2 MB: the child is recycled after RECYCLE_RUNS runs.",
         "#529",
         versions=("1.3.0",),
-        families=("qwen3.5",),
+        families=("qwen3_5",),
     ),
     Defect(
         "no_prompt_cache",
         "A prompt cache cannot be saved.",
         "#517",
-        families=("qwen3.5",),
+        families=("qwen3_5",),
     ),
     Defect(
         "prompt_cache_cut_at_picture",
@@ -54,7 +54,7 @@ DEFECTS = (
         "Several pictures in one prompt are mixed up: a request with more than one is refused.",
         "#418, #468, #493",
         versions=OLD,
-        families=("qwen3-vl",),
+        families=("qwen3_vl",),
     ),
     Defect(
         "one_picture",
@@ -107,6 +107,8 @@ DEFECTS = (
 
 #: Runs after which a child is recycled whose library leaks: some 200 MB.
 RECYCLE_RUNS = 100
+#: Bytes of hidden states that a library has kept, after which its child is recycled.
+KEPT_BYTES = 200 << 20
 
 
 def has(name: str, version: str, family: str) -> bool:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rkvlmd.board import driver as drivers
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
 
 _FILE = "decoder.files.model.file"
 
 
-def load_error(manifest: manifests.Manifest, version: str, printed: Sequence[str]) -> RkvlmdError:
-    """Return the error for a load that failed; ``printed`` are the library's own error lines."""
+def load_error(
+    manifest: manifests.Manifest, version: str, printed: Sequence[str], driver: str = ""
+) -> RkvlmdError:
+    """Return the error for a load that failed.
+
+    ``printed`` are the library's own error lines, ``driver`` the version of
+    the kernel's NPU driver where that is known.
+    """
     text = "\n".join(printed)
+    if (old := drivers.too_old(driver)) and not re.search(_NOT_THE_DRIVER, text):
+        # Fact sheet 7: failed allocations and failed submits are what an old one looks like.
+        return RkvlmdError("model_failed", old)
     name = manifest.decoder.files["model"].file
     if match := re.search(r"max_context_limit\[(\d+)\]", text):
         return _invalid(
@@ -32,6 +42,11 @@ def load_error(manifest: manifests.Manifest, version: str, printed: Sequence[str
         f"{_FILE}: version {version} of the RKLLM runtime cannot load {name}; its log says why."
     )
 
+
+#: Lines that say what is wrong whatever the driver's age.
+_NOT_THE_DRIVER = (
+    r"max_context_limit|enabled CPUs|model magic|truncated|for the platform|n_batch must be"
+)
 
 #: What a line looks like, and what it means.
 _SIGNS = (

@@ -38,7 +38,9 @@ class Block:
 def stack(
     rows: Sequence[Rows], *, tokens: int, row: int, width: int, height: int, tags: ImageTags
 ) -> Block:
-    """Copy the rows of some pictures into one block that the library may read as it likes.
+    """Return the rows of some pictures as one block that the library may use as it likes.
+
+    One picture's rows stay where they are if they may be written; others are copied.
 
     Raises:
       RkvlmdError: ``engine_error`` when a picture has another number of rows,
@@ -53,6 +55,8 @@ def stack(
                 f"A picture's rows are {' x '.join(map(str, picture.shape))},"
                 f" but the model takes {tokens} x {row}.",
             )
+    if len(rows) == 1 and rows[0].flags.carray:
+        return Block(rows[0][None], width, height, tags)
     block = np.empty((len(rows), tokens, row), np.float32)
     for i, picture in enumerate(rows):
         block[i] = picture

@@ -36,7 +36,7 @@ def find(setting: str, environ: Mapping[str, str] = os.environ) -> list[Path]:
     if setting:
         path = Path(setting)
         if path.is_dir():
-            found = sorted(path.glob("librkllmrt*.so*"), reverse=True)
+            found = sorted(path.glob(libraries.FOLDER_FILES), reverse=True)
             if found:
                 return found
             _tell(f"npu.library: {path} has no librkllmrt*.so")
@@ -124,8 +124,8 @@ class _Room(types.Structure):
 class Library:
     """An opened ``librkllmrt.so``: its functions with argument types, by their C names."""
 
-    def __init__(self, path: Path, version: str, layout: Layout) -> None:
-        """Open the file.
+    def __init__(self, path: Path, version: str, layout: Layout, *, chosen: bool = False) -> None:
+        """Open the file; ``chosen``: the owner has named the layout.
 
         Raises:
           RkvlmdError: ``model_failed`` when it cannot be opened, lacks a name,
@@ -154,7 +154,7 @@ class Library:
             c.c_void_p,
             c.POINTER(types.Callback) if layout.per_run else types.ResultCallback,
         ]
-        self._check_layout()
+        self._check_layout(chosen=chosen)
 
     def __getattr__(self, name: str) -> Any:
         if name in FUNCTIONS:
@@ -165,10 +165,19 @@ class Library:
         """Return the library's default ``RKLLMParam``, with room behind it."""
         return self.layout.param.from_buffer(self._dll.rkllm_createDefaultParam())
 
-    def _check_layout(self) -> None:
-        """Compare the defaults with the layout: the bytes of one are nonsense in the other."""
+    def _check_layout(self, *, chosen: bool) -> None:
+        """Compare the defaults with the layout: the bytes of one are nonsense in the other.
+
+        That they can be told by their defaults is an inference: where no known
+        layout fits, the owner may choose one.
+        """
         room = bytes(self._dll.rkllm_createDefaultParam().bytes)
         if _fits(room, self.layout):
+            return
+        if chosen and not any(_fits(room, other) for other in VERSIONS.values()):
+            _tell(
+                f"npu.layout: the defaults of {self.path.name} fit none; {self.layout.name} it is"
+            )
             return
         others = sorted({v for v, other in VERSIONS.items() if _fits(room, other)})
         like = f"those of {', '.join(others)}" if others else "none that is known"
@@ -224,7 +233,8 @@ def open_library(setting: str = "", *, override: str = "", wanted: Sequence[str]
         if wanted and not any(version == v or version.startswith(f"{v}.") for v in wanted):
             seen.append(f"{path.name} is {version}")
             continue
-        return Library(path, version, choose(version, path.name, override=override))
+        layout = choose(version, path.name, override=override)
+        return Library(path, version, layout, chosen=bool(override))
     raise _error(
         f"decoder.runtime_versions: the model works with {', '.join(wanted)}, but"
         f" {', '.join(seen)}; npu.library can name another file, or a folder of several."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -99,3 +100,5 @@ def copied() -> Iterator[Said]:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    # What C code has printed to a pipe waits in a buffer of the C library.
+    ctypes.CDLL(None).fflush(None)

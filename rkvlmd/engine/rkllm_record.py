@@ -7,27 +7,30 @@ difference to the cache lies at a picture must begin with an empty cache.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from rkvlmd.engine.rkllm_inputs import IMAGE
+from rkvlmd.engine.rkllm_inputs import IMAGE, VIDEO
 
-#: Texts and picture keys in turn: text, key, text, ..., text. Texts may be empty.
+#: Texts and the keys of pictures and videos in turn: text, key, text, ..., text. Texts may be empty.
 Parts = tuple[str, ...]
+_PLACES = re.compile(f"({IMAGE}|{VIDEO})")
 
 
-def parts(prompt: str, keys: Sequence[str]) -> Parts:
-    """Return a prompt as texts and the keys of its pictures.
+def parts(prompt: str, pictures: Sequence[str], videos: Sequence[str] = ()) -> Parts:
+    """Return a prompt as texts and the keys of what stands at its places.
 
     Raises:
       ValueError: there are not as many places as keys.
 
     """
-    texts = prompt.split(IMAGE)
-    if len(texts) != len(keys) + 1:
-        raise ValueError(f"{len(texts) - 1} places for {len(keys)} pictures")
-    found = [texts[0]]
-    for key, text in zip(keys, texts[1:], strict=True):
-        found += [key, text]
+    found = _PLACES.split(prompt)
+    keys = {IMAGE: list(pictures), VIDEO: list(videos)}
+    for mark, given in keys.items():
+        if found.count(mark) != len(given):
+            raise ValueError(f"{found.count(mark)} places {mark} for {len(given)} keys")
+    for i in range(1, len(found), 2):
+        found[i] = keys[found[i]].pop(0)
     return tuple(found)
 
 
@@ -61,13 +64,17 @@ class Record:
         """Whether the cache is known to hold nothing."""
         return self._held == ("",)
 
-    def must_clear(self, wanted: Parts, *, told_apart: bool) -> bool:
+    def must_clear(self, wanted: Parts, *, told_apart: bool, beside: bool = False) -> bool:
         """Return whether the cache must be cleared before a run of ``wanted``.
 
-        ``told_apart`` says that this library has been seen to tell pictures apart.
+        ``told_apart`` says that this library has been seen to tell pictures
+        apart. ``beside``: the model attends to its pictures from everywhere,
+        so that nothing holds once they are others.
         """
         if self._held is None:
             return True
+        if beside:
+            return not self.empty and self._held[1::2] != wanted[1::2]
         return not told_apart and differs_at_picture(self._held, wanted)
 
     def cleared(self) -> None:

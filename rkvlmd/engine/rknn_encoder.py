@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from rknnlite.api import RKNNLite
 
-from rkvlmd.board import rknn
+from rkvlmd.board import driver, rknn
 from rkvlmd.board import soc as socs
 from rkvlmd.board.root import Root
-from rkvlmd.engine.backend import Progress, Rows
+from rkvlmd.engine import rkllm_cross
+from rkvlmd.engine.backend import Grid, Progress, Rows
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
 from rkvlmd.wire import child
@@ -32,6 +33,7 @@ class RknnEncoder:
         self._lite: Any = None
         self._entry: manifests.Encoder
         self._key = ""
+        self._beside: manifests.CrossAttention | None = None
 
     def load(self, order: child.Load, progress: Progress) -> dict[str, Any]:
         """Open the file on the NPU, run it once, compare its shapes with the manifest.
@@ -45,6 +47,7 @@ class RknnEncoder:
         if order.part >= len(manifest.encoders):
             raise RkvlmdError("invalid_model", f"encoders: there is no encoder {order.part}.")
         self._entry, self._key = manifest.encoders[order.part], f"encoders[{order.part}]"
+        self._beside = manifest.decoder.cross_attention
         path = Path(order.folder) / self._entry.file
         soc = socs.read(Root(), order.options.get("soc", "")).soc
         progress(0.0, f"reading {path.name}")
@@ -57,26 +60,27 @@ class RknnEncoder:
         mask = self._core_mask(soc)
         if lite.init_runtime(core_mask=mask) != 0:
             lite.release()
+            if old := driver.too_old(driver.read(Root()).version):
+                raise RkvlmdError("model_failed", old)
             raise self._invalid(
                 f"the NPU does not take {path.name}; the library's log says why"
                 " (rkvlmctl doctor shows what is missing)."
             )
-        # The library keeps a copy of the whole file, which nobody needs any more.
-        lite.rknn_data = None
         self._lite = lite
         progress(0.7, "first run")
         entry = self._entry
-        self._compare(self._run(np.zeros((1, entry.height, entry.width, 3), np.uint8)))
+        self._compare(self._first_run(np.zeros((1, entry.height, entry.width, 3), np.uint8)))
         return {
             "libraries": {"librknnrt": _version(lite)},
             "toolkit": trailer.toolkit,
             "core_mask": mask,
+            "file_released": lite.rknn_data is None,
             "tokens": entry.tokens,
             "embedding": entry.embedding,
             "outputs": entry.outputs,
         }
 
-    def encode(self, pixels: npt.NDArray[Any]) -> Rows:
+    def encode(self, pixels: npt.NDArray[Any], grid: Grid | None = None) -> Rows:
         """Return the rows of one picture, float32 of shape (tokens, outputs x embedding).
 
         ``pixels`` are uint8, channels last, with or without a leading
@@ -94,7 +98,12 @@ class RknnEncoder:
                 f"The picture has {pixels.size} values of type {pixels.dtype.name}, but the"
                 f" encoder takes {entry.height} x {entry.width} x 3 of type uint8.",
             )
-        outputs = self._run(pixels.reshape(1, entry.height, entry.width, 3))
+        found = self._run(pixels.reshape(1, entry.height, entry.width, 3))
+        if self._beside is not None:
+            whole = rkllm_cross.rows_of(found, self._beside, entry.tokens)
+            _check_finite(whole)
+            return whole
+        outputs = [_rows(values) for values in found]
         wanted = (entry.tokens, entry.embedding)
         for rows in outputs:
             if rows.shape != wanted:
@@ -103,14 +112,25 @@ class RknnEncoder:
                     f"The vision encoder gave {' x '.join(map(str, rows.shape))} values instead"
                     f" of {entry.tokens} x {entry.embedding}.",
                 )
-            if not np.isfinite(rows).all():
-                raise RkvlmdError("engine_error", "The vision encoder's output is not a number.")
+            _check_finite(rows)
         if len(outputs) == 1:
             return np.ascontiguousarray(outputs[0])
         return np.stack(outputs, axis=1).reshape(entry.tokens, -1)
 
-    def _run(self, pixels: npt.NDArray[np.uint8]) -> list[Rows]:
-        """Return the first ``outputs`` outputs, each as (tokens, embedding)."""
+    def _first_run(self, pixels: npt.NDArray[np.uint8]) -> list[Any]:
+        """Run without the library's own copy of the whole file, which it needs no more after init.
+
+        That is what its source looks like; where it fails, the copy stays.
+        """
+        kept, self._lite.rknn_data = self._lite.rknn_data, None
+        try:
+            return self._run(pixels)
+        except RkvlmdError:
+            self._lite.rknn_data = kept
+            return self._run(pixels)
+
+    def _run(self, pixels: npt.NDArray[np.uint8]) -> list[Any]:
+        """Return the first ``outputs`` outputs as the library gives them."""
         found = self._lite.inference(inputs=[np.ascontiguousarray(pixels)], data_format=["nhwc"])
         if found is None:
             raise RkvlmdError("engine_error", "The vision encoder failed.")
@@ -119,7 +139,7 @@ class RknnEncoder:
                 "engine_error",
                 f"The vision encoder gave {len(found)} outputs instead of {self._entry.outputs}.",
             )
-        return [_rows(values) for values in found[: self._entry.outputs]]
+        return list(found[: self._entry.outputs])
 
     # --- what is checked at a load ----------------------------------------------------
 
@@ -165,9 +185,15 @@ class RknnEncoder:
             return self._entry.core_mask
         return ALL_CORES.get(soc.cores, 0) if soc is not None else 0
 
-    def _compare(self, outputs: list[Rows]) -> None:
+    def _compare(self, outputs: list[Any]) -> None:
         entry = self._entry
-        for rows in outputs:
+        if self._beside is not None:
+            try:
+                rkllm_cross.rows_of(outputs, self._beside, entry.tokens)
+            except RkvlmdError as exc:
+                raise self._invalid(exc.message) from exc
+            return
+        for rows in map(_rows, outputs):
             for key, file_says, manifest_says in (
                 ("tokens", rows.shape[0], entry.tokens),
                 ("embedding", rows.shape[1], entry.embedding),
@@ -191,10 +217,16 @@ def _rows(values: Any) -> Rows:
     return array.reshape(-1, columns if columns > 1 else (shape[-1] if shape else 1))
 
 
+def _check_finite(rows: Rows) -> None:
+    if not np.isfinite(rows).all():
+        raise RkvlmdError("engine_error", "The vision encoder's output is not a number.")
+
+
 def _version(lite: Any) -> str:
     """Return what the library says of itself, on one line."""
     try:
         said = lite.get_sdk_version()
     except Exception:  # noqa: BLE001 - shown to the owner, needed by nobody
         said = None
-    return " ".join(str(said).split()) if said else ""
+    # It frames what it says with lines of equals signs.
+    return " ".join(word for word in str(said).split() if word.strip("=")) if said else ""

@@ -8,11 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rkvlmd.engine import memfd
+from rkvlmd.engine import memfd, vectors
 from rkvlmd.engine.backend import DecoderBackend, EncoderBackend, Rows
 from rkvlmd.engine.loop import Order, Send
 from rkvlmd.engine.script import Script
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.models.manifest import Embeddings
 from rkvlmd.wire import child
 
 #: Role and engine (a key of the manifest) to the backend that runs it.
@@ -21,6 +22,7 @@ BACKENDS = {
     ("decoder", "onnx"): "rkvlmd.engine.onnx_decoder:OnnxDecoder",
     ("encoder", "rknn"): "rkvlmd.engine.rknn_encoder:RknnEncoder",
     ("decoder", "rkllm"): "rkvlmd.engine.rkllm_decoder:RkllmDecoder",
+    ("decoder", "tower"): "rkvlmd.engine.onnx_tower:OnnxTower",
 }
 SCRIPTED = "rkvlmd.engine.scripted:ScriptedBackend"
 
@@ -33,6 +35,8 @@ class EngineRole:
         self._script = script
         self._backend: Any = None
         self._row = 0
+        self._beside = False
+        self._embeddings: Embeddings | None = None
         self._generating = False
 
     def warm(self) -> None:
@@ -59,6 +63,9 @@ class EngineRole:
             self._encode(order, fds, send, self._backend)
         elif isinstance(order, child.Generate) and self._name != "encoder":
             self._generate(order, fds, send, self._backend)
+        elif isinstance(order, child.Embed) and self._name != "encoder":
+            rows = self._all_rows(order, fds)
+            send(vectors.embed(self._backend, order, rows, self._embeddings))
         else:
             raise ValueError(f"{type(order).__name__} is no order for a child of role {self._name}")
 
@@ -72,6 +79,8 @@ class EngineRole:
         info = backend.load(order, progress)
         self._backend = backend
         self._row = _row(order.manifest)
+        self._embeddings = vectors.described(order.manifest)
+        self._beside = bool(order.manifest.get("decoder", {}).get("cross_attention"))
         send(child.Ready(info=info))
 
     def _new(self, order: child.Load) -> Any:
@@ -106,7 +115,7 @@ class EngineRole:
             raise memfd.MemoryFileError(f"encode with {len(fds)} descriptors")
         pixels = memfd.map_array(fds[0], order.pixels)
         begin = time.monotonic()
-        rows = backend.encode(pixels)
+        rows = backend.encode(pixels, order.grid)
         seconds = time.monotonic() - begin
         fd, tensor = memfd.from_array(rows, "rkvlmd-rows")
         try:
@@ -117,9 +126,7 @@ class EngineRole:
     def _generate(
         self, order: child.Generate, fds: Sequence[int], send: Send, backend: DecoderBackend
     ) -> None:
-        if len(fds) != len(order.spans):
-            raise memfd.MemoryFileError(f"{len(order.spans)} spans, {len(fds)} descriptors")
-        rows = [self._rows(fd, span) for fd, span in zip(fds, order.spans, strict=True)]
+        rows = self._all_rows(order, fds)
         self._generating = True
         try:
             done = backend.generate(order, rows, send)
@@ -127,18 +134,33 @@ class EngineRole:
             self._generating = False
         send(done)
 
+    def _all_rows(self, order: child.Generate | child.Embed, fds: Sequence[int]) -> list[Rows]:
+        if len(fds) != len(order.spans):
+            raise memfd.MemoryFileError(f"{len(order.spans)} spans, {len(fds)} descriptors")
+        return [self._rows(fd, span) for fd, span in zip(fds, order.spans, strict=True)]
+
     def _rows(self, fd: int, span: child.Span) -> Rows:
         width = self._row
         if width == 0:
             # A scripted decoder may run without a manifest.
             width = memfd.checked_size(fd) // (4 * max(1, span.count))
-        return memfd.map_array(fd, child.Tensor(shape=(span.count, width), dtype="float32"))
+        count = span.count
+        if self._beside:
+            # The rows are not those of the picture's one place in the prompt.
+            count = memfd.checked_size(fd) // (4 * width)
+        # A library gets them without a copy where it can, and none promises not to write.
+        return memfd.map_array(fd, child.Tensor(shape=(count, width), dtype="float32"), own=True)
 
 
 def _row(manifest: dict[str, Any]) -> int:
     """Return how many floats a row of a picture has: one embedding an output of the encoder."""
-    outputs = max((e.get("outputs", 1) for e in manifest.get("encoders") or ()), default=1)
-    return int(manifest.get("decoder", {}).get("embedding", 0)) * int(outputs)
+    decoder = manifest.get("decoder", {})
+    encoders = manifest.get("encoders") or ()
+    outputs = max((e.get("outputs", 1) for e in encoders), default=1)
+    embedding = decoder.get("embedding", 0)
+    if decoder.get("cross_attention"):
+        embedding = max((e["embedding"] for e in encoders), default=0)
+    return int(embedding) * int(outputs)
 
 
 def _import(where: str) -> Any:

@@ -2,8 +2,8 @@
 
 A script is a JSON object; ``fault`` in it is an object or a list of them:
 
-* ``at``: ``hello``, ``load``, ``encode``, ``prefill``, ``generate``, ``abort``, ``picture`` or
-  ``render``;
+* ``at``: ``hello``, ``load``, ``encode``, ``prefill``, ``generate``, ``embed``, ``abort``,
+  ``picture``, ``video`` or ``render``;
 * ``kind``: ``kill`` (SIGKILL), ``segv``, ``exit`` (status 3), ``error`` (a ``failed`` answer),
   ``hang`` (the worker waits for good and hears no abort; the main thread goes on beating) or
   ``stop`` (SIGSTOP: the whole process, beats included);

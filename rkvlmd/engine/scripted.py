@@ -3,17 +3,20 @@
 Chosen by ``load`` with ``options = {"backend": "scripted", "script": {...}}``; it plays an
 encoder or a decoder. Keys of the script, all optional:
 
-* ``load_seconds``, ``encode_seconds``, ``prefill_seconds``: how long each step takes;
+* ``load_seconds``, ``encode_seconds``, ``prefill_seconds``, ``embed_seconds``: how long each step
+  takes;
 * ``rate``: tokens per second, 0 for at once; ``tokens``: how many it says, 16 unless given;
 * ``mode``: ``count`` says ``t0 t1 t2 ...``; ``text`` says the words of ``text``; ``echo`` says
   ``pictures=N prompt=TOKENS sum=CRC32``, the sum over the rows as they arrived; ``clock`` says
   the monotonic clock in nanoseconds at the moment each token leaves;
 * ``image_tokens``, ``embedding``: the shape of an encoder's rows, else the manifest's;
+* ``info``: what ``ready`` tells besides;
 * ``fault``: see ``rkvlmd.engine.script``.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import zlib
@@ -23,9 +26,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rkvlmd.engine.backend import Progress, Rows, Say
+from rkvlmd.engine.backend import Grid, Progress, Rows, Say
 from rkvlmd.engine.script import Script, hang
-from rkvlmd.wire import child
+from rkvlmd.wire import child, prefix
 
 _TOKENS = 16
 
@@ -39,6 +42,7 @@ class ScriptedBackend:
         self._deaf = threading.Event()
         self._never = threading.Event()
         self._shape = (1, 1)
+        self._merge = 1
         self._prompt: list[tuple[int, str]] = []
 
     def load(self, order: child.Load, progress: Progress) -> dict[str, Any]:
@@ -51,18 +55,22 @@ class ScriptedBackend:
             int(values.get("image_tokens", encoder.get("tokens", 1))),
             int(values.get("embedding", encoder.get("embedding", 1))),
         )
+        self._merge = int((encoder.get("patches") or {}).get("merge", 1))
         self._script.strike("load")
         for step in range(10):
             self._never.wait(self._script.seconds("load_seconds") / 10)
             progress((step + 1) / 10, "reading the script")
-        return {"backend": "scripted", "rows": list(self._shape)}
+        return {"backend": "scripted", "rows": list(self._shape), **values.get("info", {})}
 
-    def encode(self, pixels: npt.NDArray[Any]) -> Rows:
+    def encode(self, pixels: npt.NDArray[Any], grid: Grid | None = None) -> Rows:
         """Return rows filled with a number in 0..1 that depends on every byte of the pixels."""
         self._script.strike("encode")
         self._never.wait(self._script.seconds("encode_seconds"))
         crc = zlib.crc32(np.ascontiguousarray(pixels).reshape(-1).view(np.uint8).data)
-        return np.full(self._shape, (crc & 0xFFFF) / 0xFFFF, np.float32)
+        tokens, width = self._shape
+        if grid is not None:
+            tokens = math.prod(grid) // self._merge**2
+        return np.full((tokens, width), (crc & 0xFFFF) / 0xFFFF, np.float32)
 
     def generate(self, order: child.Generate, rows: Sequence[Rows], say: Say) -> child.GenerateDone:
         """Say the script's words, one per token, at ``rate``."""
@@ -80,8 +88,21 @@ class ScriptedBackend:
             )
         count, reason = self._say(order, rows, say, aborted)
         return child.GenerateDone(
-            id=order.id, reason=reason, completion=count, seconds=time.monotonic() - begin
+            id=order.id,
+            reason=reason,
+            completion=count,
+            seconds=time.monotonic() - begin,
+            held=list(prefix.of_tokens(order.tokens, order.spans, order.adapter)),
         )
+
+    def embed(self, order: child.Embed, rows: Sequence[Rows]) -> Rows:
+        """Return a row for each token, filled with its id; a picture's rows at its places."""
+        self._script.strike("embed")
+        self._never.wait(self._script.seconds("embed_seconds"))
+        found = np.repeat(np.array(order.tokens, np.float32)[:, None], self._shape[1], axis=1)
+        for span, values in zip(order.spans, rows, strict=True):
+            found[span.start : span.start + span.count] = values
+        return found
 
     def abort(self) -> None:
         """Make ``generate`` return soon, unless a fault says otherwise."""

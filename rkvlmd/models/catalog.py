@@ -93,6 +93,16 @@ def scan(
     return dict(sorted(entries.items())), errors
 
 
+def open_folder(folder: Path, known_families: Container[str] | None = None) -> Entry:
+    """Read one model folder, wherever it lies.
+
+    Raises:
+      ManifestError: with every problem of the manifest, or of the files it names.
+
+    """
+    return _read(folder, families.known() if known_families is None else known_families)
+
+
 def _folders(folder: Path, errors: list[ManifestError]) -> list[Path]:
     """Return the sub-folders with a manifest, by name; links to folders count."""
     try:

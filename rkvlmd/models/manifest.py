@@ -8,19 +8,18 @@ holds the two together.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from rkvlmd.errors import ManifestError
+from rkvlmd.models import checks
 
 FILE = "rkvlm.json"
 SCHEMA = 1
 #: Largest manifest that is read, bytes.
 MAX_BYTES = 1 << 20
-#: The last IOMMU domain that the NPU's driver has (0.9.8), and the longest context of RKLLM.
-MAX_DOMAIN, MAX_RKLLM_CONTEXT = 15, 16384
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -35,16 +34,53 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Resize(_Strict, frozen=True, kw_only=True):
-    """How a picture becomes ``width`` x ``height`` pixels.
+    """How a picture becomes one or more inputs of ``width`` x ``height`` pixels.
 
-    ``stretch`` ignores the aspect ratio; ``pad`` keeps it and fills a centred
-    square with ``fill`` (RGB).
+    One input: ``stretch`` ignores the aspect ratio; ``pad`` keeps it and fills
+    a centred rectangle with ``fill`` (RGB), the picture's short side at least
+    ``short`` pixels; ``crop`` makes the short side
+    ``short`` pixels (0: as the input) and takes the centre; ``aspect`` keeps
+    the ratio and makes each side a multiple of ``multiple`` with ``min_pixels``
+    to ``max_pixels`` in all, for encoders of any size.
+
+    Several: ``tiles`` cuts a grid of ``min_tiles`` to ``max_tiles`` inputs that
+    suits the ratio, and puts the whole picture after them with ``thumbnail``
+    (InternVL); ``split`` cuts as many inputs as a long side of ``longest``
+    pixels has, and puts the whole picture after them (SmolVLM, Idefics3);
+    ``slices`` puts the whole picture first, then at most ``max_tiles`` slices
+    (MiniCPM-V); ``base_tiles`` cuts ``min_tiles`` to ``max_tiles`` tiles for
+    the encoder with ``tile``, and pads the whole picture for this one
+    (DeepSeek-OCR). ``aspect`` and ``slices`` with ``multiple``: sizes differ
+    from picture to picture.
     """
 
-    rule: Literal["stretch", "pad"] = "stretch"
+    rule: Literal[
+        "stretch", "pad", "crop", "aspect", "tiles", "split", "slices", "base_tiles"
+    ] = "stretch"  # fmt: skip
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     antialias: bool = True
     fill: tuple[Natural, Natural, Natural] = (127, 127, 127)
+    short: Natural = 0
+    multiple: Natural = 0
+    min_pixels: Natural = 0
+    max_pixels: Natural = 0
+    longest: Natural = 0
+    min_tiles: Positive = 1
+    max_tiles: Positive = 1
+    thumbnail: bool = False
+
+
+class Patches(_Strict, frozen=True, kw_only=True):
+    """An input of flattened patches, (patches, 3 x ``temporal`` x ``size`` x ``size``) floats.
+
+    A patch is ``size`` pixels square; a picture is repeated ``temporal`` times.
+    ``merge`` x ``merge`` neighbours are one row of the output, and follow each
+    other in the input. The encoder is told the grid (t, h, w) in patches.
+    """
+
+    size: Positive
+    temporal: Positive = 1
+    merge: Positive = 1
 
 
 class Encoder(_Strict, frozen=True, kw_only=True):
@@ -54,6 +90,12 @@ class Encoder(_Strict, frozen=True, kw_only=True):
     does them itself and wants uint8 (0..255). ``outputs``: with several, a
     row holds ``outputs`` x ``embedding`` floats. ``core_mask`` chooses NPU
     cores, one bit each, 0 for the library's choice; default all that the SoC has.
+    Where the size differs from picture to picture, ``width``, ``height`` and
+    ``tokens`` are those of the largest. ``tile``: sees only what the rule of
+    another encoder cuts. ``projector`` is a second file that takes the rows of
+    the first; ``data`` are the files that hold weights outside the ONNX file.
+    Of several others the first is for ``detail`` ``auto``,
+    the one with the fewest tokens for ``low``, with the most for ``high``.
     """
 
     modality: Literal["image"] = "image"
@@ -68,9 +110,13 @@ class Encoder(_Strict, frozen=True, kw_only=True):
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     baked: bool = False
     layout: Literal["nchw", "nhwc"] = "nchw"
+    patches: Patches | None = None
+    tile: bool = False
     tokens: Positive
     embedding: Positive
     outputs: Positive = 1
+    projector: File | None = None
+    data: tuple[File, ...] = ()
     core_mask: Natural | None = None
     lease: Lease = "cpu"
 
@@ -91,8 +137,30 @@ class Adapter(_Strict, frozen=True, kw_only=True):
     scale: float = 1.0
 
 
+class CrossAttention(_Strict, frozen=True, kw_only=True):
+    """What the encoder's key/value caches look like, for a decoder that attends to them.
+
+    A row of such an encoder holds the keys of one token, ``layers`` x
+    ``kv_heads`` x ``head_dim`` floats (its ``embedding``), then its values: it
+    has two outputs. A picture is one token of the prompt. ``mask`` is what the
+    library is told of a token that is there.
+    """
+
+    layers: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    mask: float = 1.0
+
+
 class Decoder(_Strict, frozen=True, kw_only=True):
     """A language decoder. ``files``: ``embed`` and ``decoder`` (ONNX), or ``model`` (RKLLM).
+
+    Engine ``tower`` generates nothing: it is the text side of a model such as
+    CLIP, for embeddings alone, an ONNX file ``text`` from token ids to vectors.
+
+    ONNX with one file for an empty cache and one for a filled one: ``decoder``
+    is the second, ``decoder_prefill`` the first. Files of weights outside the
+    ONNX files have any other key, such as ``decoder_data``.
 
     ``context`` counts tokens, prompt and answer together. ``kv_bytes_per_token``
     is what one token costs in the key/value cache. For RKLLM: ``npu_cores``
@@ -105,9 +173,15 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     the library rows instead of text, for models whose positions allow it:
     ``files`` then has ``embed``, an ``.npy`` of (vocabulary, embedding) in
     float16 or float32, or in int8 with ``embed_scale``, float32 one a row.
+    ``rope``: ``mrope`` gives each token three positions (time, row, column).
+    ``deepstack`` are the layers after which the second and further outputs of
+    the encoder are added to the picture's places, one layer an output.
+    ``multi_image_from`` is the first version of the RKLLM library that keeps
+    several pictures of this model apart (empty: all that it works with do).
+    ``cross_attention``: the model reads pictures beside its prompt.
     """
 
-    engine: Literal["onnx", "rkllm"]
+    engine: Literal["onnx", "rkllm", "tower"]
     files: dict[str, File]
     context: Positive
     kv_bytes_per_token: Natural = 0
@@ -121,6 +195,12 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     adapters: tuple[Adapter, ...] = ()
     prompt_cache: str = ""
     input: Literal["text", "embeddings"] = "text"
+    rope: Literal["plain", "mrope"] = "plain"
+    deepstack: tuple[Natural, ...] = ()
+    multi_image_from: Annotated[
+        str, msgspec.Meta(pattern=r"^(\d{1,3}\.\d{1,3}\.\d{1,3})?$(?!\n)")
+    ] = ""
+    cross_attention: CrossAttention | None = None
     lease: Lease = "cpu"
 
 
@@ -132,10 +212,36 @@ class Tags(_Strict, frozen=True, kw_only=True):
     end: str = ""
 
 
+class Embeddings(_Strict, frozen=True, kw_only=True):
+    """What ``/v1/embeddings`` gives: one vector of ``decoder.embedding`` floats for each input.
+
+    ``inputs`` says of what. Texts become the decoder's last hidden states, of
+    the ``last`` token, the ``first``, or the ``mean`` of all; pictures too
+    (``hidden``), or the ``rows`` of their encoder, pooled alike. ``normalise``
+    brings the vector to length one. ``shorter``: its beginning is useful alone,
+    so that a request may ask for fewer ``dimensions``. ``output`` names the
+    output of an ONNX decoder that holds the hidden states; ``template`` is
+    applied in place of the chat template.
+    """
+
+    inputs: tuple[Literal["text", "image"], ...] = ("text",)
+    pool: Literal["last", "first", "mean"] = "last"
+    pictures: Literal["hidden", "rows"] = "hidden"
+    normalise: bool = True
+    shorter: bool = False
+    output: str = "hidden_states"
+    template: File | None = None
+
+
 class Defaults(_Strict, frozen=True, kw_only=True):
-    """Used where a request says nothing."""
+    """Used where a request says nothing.
+
+    ``keep_alive_seconds``: how long the model stays loaded after its last use,
+    -1 for ever; without it ``models.keep_alive_seconds`` of the settings.
+    """
 
     max_tokens: Positive | None = None
+    keep_alive_seconds: Annotated[float, msgspec.Meta(ge=-1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
     top_k: Natural = 0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -148,6 +254,8 @@ class Defaults(_Strict, frozen=True, kw_only=True):
 class Manifest(_Strict, frozen=True, kw_only=True):
     """One model. ``marker`` is what the template writes at a picture's place.
 
+    ``video`` are the tags of a model that takes frames as a video of its own;
+    ``video_frames`` is the most frames that are sampled from one.
     ``special_strings`` are the strings that the tokenizer would take for
     special tokens, and that users must not be able to write. ``unverified``
     names the keys whose value nobody has confirmed.
@@ -162,11 +270,16 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     tokenizer: File | None = None
     template: File | None = None
     image: Tags | None = None
+    video: Tags | None = None
+    video_frames: Positive = 8
+    embeddings: Embeddings | None = None
     marker: str = "<image>"
     special_strings: tuple[str, ...] = ()
     stop_ids: tuple[Natural, ...] = ()
     defaults: Defaults = msgspec.field(default_factory=Defaults)
-    capabilities: tuple[Literal["image", "multi_image", "video", "tools", "thinking"], ...] = ()
+    capabilities: tuple[
+        Literal["image", "multi_image", "video", "tools", "thinking", "embeddings"], ...
+    ] = ()
     unverified: tuple[str, ...] = ()
 
 
@@ -183,73 +296,10 @@ def parse(data: bytes, name: str = "model") -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ManifestError(name, [f"{FILE}: {exc}"]) from exc
-    problems = list(_check(manifest))
+    problems = checks.problems(manifest, files(manifest))
     if problems:
         raise ManifestError(manifest.name, problems)
     return manifest
-
-
-def _check(m: Manifest) -> list[str]:
-    problems = []
-    for key, entry in files(m).items():
-        path = PurePosixPath(entry.file)
-        if path.is_absolute() or ".." in path.parts or not entry.file:
-            problems.append(f"{key}.file: must lie inside the model folder")
-    if m.encoders and m.image is None:
-        problems.append("image: a model with encoders needs the tags of a picture")
-    for i, encoder in enumerate(m.encoders):
-        if encoder.embedding != m.decoder.embedding:
-            problems.append(
-                f"encoders[{i}].embedding: {encoder.embedding}, but decoder.embedding is"
-                f" {m.decoder.embedding}"
-            )
-        if any(s <= 0 for s in encoder.std):
-            problems.append(f"encoders[{i}].std: must be above 0")
-        if encoder.tokens >= m.decoder.context:
-            problems.append(f"encoders[{i}].tokens: do not fit decoder.context")
-        if max(encoder.resize.fill) > 255:
-            problems.append(f"encoders[{i}].resize.fill: must be at most 255")
-        if encoder.engine == "rknn" and not (encoder.baked and encoder.layout == "nhwc"):
-            problems.append(
-                f"encoders[{i}].baked, .layout: an rknn encoder takes uint8, channels last:"
-                " baked = true, layout = nhwc"
-            )
-    need = {"onnx": {"embed", "decoder"}, "rkllm": {"model"}}[m.decoder.engine]
-    if missing := need - set(m.decoder.files):
-        problems.append(f"decoder.files: missing {', '.join(sorted(missing))}")
-    if m.decoder.engine == "onnx":
-        problems += [f"{k}: needed by the onnx engine" for k in ("tokenizer", "template")
-                     if getattr(m, k) is None]  # fmt: skip
-    else:
-        problems += _check_rkllm(m)
-    if "image" in m.capabilities and not m.encoders:
-        problems.append("capabilities: image without an encoder")
-    return problems
-
-
-def _check_rkllm(m: Manifest) -> list[str]:
-    problems = []
-    decoder = m.decoder
-    # The runtime pins one thread a core of the NPU at least, and refuses fewer CPUs.
-    if decoder.cpu_mask is not None and decoder.cpu_mask.bit_count() < decoder.npu_cores:
-        problems.append(
-            f"decoder.cpu_mask: has {decoder.cpu_mask.bit_count()} CPUs, but decoder.npu_cores is"
-            f" {decoder.npu_cores}"
-        )
-    if decoder.iommu_domain is not None and decoder.iommu_domain > MAX_DOMAIN:
-        problems.append(f"decoder.iommu_domain: must be at most {MAX_DOMAIN}")
-    if decoder.context > MAX_RKLLM_CONTEXT:
-        problems.append(f"decoder.context: must be at most {MAX_RKLLM_CONTEXT} for rkllm")
-    if len({adapter.name for adapter in decoder.adapters}) < len(decoder.adapters):
-        problems.append("decoder.adapters: two have the same name")
-    if decoder.adapters and decoder.prompt_cache:
-        problems.append("decoder.prompt_cache: would be wrong for decoder.adapters")
-    if decoder.input == "embeddings":
-        if "embed" not in decoder.files or m.tokenizer is None:
-            problems.append("decoder.input: embeddings need decoder.files.embed and a tokenizer")
-        if any(encoder.outputs > 1 for encoder in m.encoders) or decoder.prompt_cache:
-            problems.append("decoder.input: embeddings allow one output and no prompt_cache")
-    return problems
 
 
 def files(manifest: Manifest) -> dict[str, File]:
@@ -258,6 +308,10 @@ def files(manifest: Manifest) -> dict[str, File]:
         f"encoders[{i}]": File(file=e.file, sha256=e.sha256)
         for i, e in enumerate(manifest.encoders)
     }
+    for i, e in enumerate(manifest.encoders):
+        if e.projector is not None:
+            found[f"encoders[{i}].projector"] = e.projector
+        found |= {f"encoders[{i}].data[{n}]": data for n, data in enumerate(e.data)}
     found |= {f"decoder.files.{k}": v for k, v in manifest.decoder.files.items()}
     found |= {
         f"decoder.adapters[{i}]": File(file=a.file, sha256=a.sha256)
@@ -267,6 +321,8 @@ def files(manifest: Manifest) -> dict[str, File]:
         found["tokenizer"] = manifest.tokenizer
     if manifest.template is not None:
         found["template"] = manifest.template
+    if manifest.embeddings is not None and manifest.embeddings.template is not None:
+        found["embeddings.template"] = manifest.embeddings.template
     return found
 
 

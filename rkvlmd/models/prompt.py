@@ -10,7 +10,7 @@ the template alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rkvlmd.models.manifest import Tags
@@ -19,6 +19,8 @@ from rkvlmd.models.manifest import Tags
 # that is interchanged has none, so dropping them from a client's text loses nothing.
 BREAK = "\ufdd0"
 PICTURE = "\ufdd1"
+#: In a layout: the number of the picture in the conversation, from 0.
+NUMBER = "\ufdd2"
 _PRIVATE = re.compile("[\ufdd0-\ufdef]")
 
 #: Zero width space: what breaks a string for RKLLM, whose tokenizer we cannot reach.
@@ -135,67 +137,106 @@ def _joined(turn: dict[str, Any]) -> list[str | int]:
     return parts
 
 
-def place_pictures(rendered: str, place: str, pictures: int, tags: Tags | None) -> str:
-    """Put the tags of a picture, its content once, at each place.
+def place_pictures(
+    rendered: str, place: str, tags: Tags | None, layouts: Sequence[Sequence[str | int]]
+) -> str:
+    """Put what stands for each picture at its place, the content of the tags for each view.
 
     ``place`` is the string that stands there now: the manifest's marker, or
-    ``PICTURE``.
+    ``PICTURE``. ``layouts`` are in the order of the places.
 
     Raises:
       PromptError: there are more or fewer places than pictures.
 
     """
-    found = rendered.count(place)
-    if found != pictures:
-        raise PromptError(f"the template made {found} places for {pictures} pictures")
+    pieces = _at_places(rendered, place, len(layouts))
     if tags is None:
-        if pictures:
+        if layouts:
             raise PromptError("the manifest has no tags for a picture")
         return rendered
-    return rendered.replace(place, tags.start + tags.content + tags.end)
+    built = [pieces[0]]
+    for number, (layout, text) in enumerate(zip(layouts, pieces[1:], strict=True)):
+        built += [tags.content if isinstance(i, int) else _numbered(i, number) for i in layout]
+        built.append(text)
+    return "".join(built)
 
 
-def mark_pictures(rendered: str, place: str, pictures: int) -> str:
-    """Put ``<image>`` at each place, for librkllmrt; ``place`` as in ``place_pictures``.
+def mark_pictures(
+    rendered: str,
+    place: str,
+    tags: Tags | None,
+    layouts: Sequence[Sequence[str | int]],
+    videos: Collection[int] = (),
+) -> str:
+    """Put ``<image>`` at each place, for librkllmrt; arguments as for ``place_pictures``.
+
+    The library itself puts the start and end of the tags around each ``<image>``.
+    ``videos`` numbers the places that get ``<video>``, once for all frames.
 
     Raises:
-      PromptError: there are not as many places as pictures, or the template
-        has written something else that the library would expand.
+      PromptError: there are not as many places as pictures, the library
+        cannot put tags where this layout has them, or the template has
+        written something else that the library would expand.
 
     """
-    found = rendered.count(place)
-    if found != pictures:
-        raise PromptError(f"the template made {found} places for {pictures} pictures")
-    marked = rendered.replace(place, RKLLM_PLACES[0])
-    for mark in RKLLM_PLACES:
-        if marked.count(mark) != (pictures if mark == RKLLM_PLACES[0] else 0):
+    pieces = _at_places(rendered, place, len(layouts))
+    built, views = [pieces[0]], 0
+    for number, (layout, text) in enumerate(zip(layouts, pieces[1:], strict=True)):
+        if number in videos:
+            built += [RKLLM_PLACES[1], text]
+            continue
+        views += sum(isinstance(item, int) for item in layout)
+        built += [_numbered(_library_line(layout, tags), number), text]
+    marked = "".join(built)
+    for mark, wanted in zip(RKLLM_PLACES, (views, len(videos), 0), strict=True):
+        if marked.count(mark) != wanted:
             raise PromptError(f"the template wrote {mark} where no picture is")
     return marked
 
 
-def expand(
-    ids: Sequence[int], content: int, order: Sequence[int], counts: Sequence[int]
-) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """Repeat each picture's content token as often as it has image tokens.
+def _library_line(layout: Sequence[str | int], tags: Tags | None) -> str:
+    """Return a layout with ``<image>`` for each view and the tags around it."""
+    start, end = (tags.start, tags.end) if tags is not None else ("", "")
+    line = "".join(PICTURE if isinstance(item, int) else item for item in layout)
+    whole = start + PICTURE + end
+    if line.count(whole) != line.count(PICTURE):
+        raise PromptError("the library cannot put a picture's tags where this layout has them")
+    return line.replace(whole, RKLLM_PLACES[0])
 
-    ``order`` says which picture is at which place, ``counts`` how many tokens
-    each picture has, by index. Returns the token ids and the spans as (start,
-    count, picture).
+
+def _at_places(rendered: str, place: str, pictures: int) -> list[str]:
+    pieces = rendered.split(place)
+    if len(pieces) - 1 != pictures:
+        raise PromptError(f"the template made {len(pieces) - 1} places for {pictures} pictures")
+    return pieces
+
+
+def _numbered(text: str, number: int) -> str:
+    return text.replace(NUMBER, str(number))
+
+
+def expand(
+    ids: Sequence[int], content: int, places: Sequence[tuple[int, int, int]]
+) -> tuple[list[int], list[tuple[int, int, int, int]]]:
+    """Repeat the content token at each place as often as the view there has image tokens.
+
+    ``places`` are (picture, view, image tokens) in the order of the prompt.
+    Returns the token ids and the spans as (start, count, picture, view).
 
     Raises:
-      PromptError: the content token is there more or less often than pictures.
+      PromptError: the content token is there more or less often than views.
 
     """
-    found = sum(1 for token in ids if token == content) if order else 0
-    if found != len(order):
-        raise PromptError(f"{found} image tokens for {len(order)} pictures")
+    found = sum(1 for token in ids if token == content) if places else 0
+    if found != len(places):
+        raise PromptError(f"{found} image tokens for {len(places)} places of pictures")
     expanded: list[int] = []
-    spans: list[tuple[int, int, int]] = []
+    spans: list[tuple[int, int, int, int]] = []
     for token in ids:
-        if order and token == content:
-            picture = order[len(spans)]
-            spans.append((len(expanded), counts[picture], picture))
-            expanded += [content] * counts[picture]
+        if places and token == content:
+            picture, view, count = places[len(spans)]
+            spans.append((len(expanded), count, picture, view))
+            expanded += [content] * count
         else:
             expanded.append(token)
     return expanded, spans

@@ -14,35 +14,27 @@ Pixels, embeddings and pictures cross as sealed memfds beside the frame; its
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
+from rkvlmd.wire.child_prep import Laid as Laid
+from rkvlmd.wire.child_prep import Picture as Picture
+from rkvlmd.wire.child_prep import PictureDone as PictureDone
+from rkvlmd.wire.child_prep import Render as Render
+from rkvlmd.wire.child_prep import RenderDone as RenderDone
+from rkvlmd.wire.child_prep import Video as Video
+from rkvlmd.wire.child_prep import VideoDone as VideoDone
+from rkvlmd.wire.child_prep import View as View
+from rkvlmd.wire.message import Message, Natural
+from rkvlmd.wire.message import Tensor as Tensor
+
 PROTOCOL = 1
-
-Natural = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class _Message(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
-    """Base of all messages; ``fds`` descriptors travel beside the frame."""
-
-    fds: Natural = 0
-
-
-class Tensor(msgspec.Struct, frozen=True, kw_only=True):
-    """What a memfd holds: C order, little endian.
-
-    ``dtype`` is a numpy name (``uint8``, ``float32``).
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-
 
 # --- daemon -> child ---------------------------------------------------------------
 
 
-class Load(_Message, frozen=True, tag="load", kw_only=True):
+class Load(Message, frozen=True, tag="load", kw_only=True):
     """Load a model's part. ``folder`` is the model's directory.
 
     ``manifest`` is the whole ``rkvlm.json`` as parsed (``models.manifest``);
@@ -55,58 +47,36 @@ class Load(_Message, frozen=True, tag="load", kw_only=True):
     folder: str
     manifest: dict[str, Any]
     part: Natural = 0
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Picture(_Message, frozen=True, tag="picture", kw_only=True):
-    """Prep: decode one picture. One memfd: its source bytes.
+class Encode(Message, frozen=True, tag="encode", kw_only=True):
+    """Encoder: one memfd of pixels in, ``encode_done`` with one memfd of rows out.
 
-    ``encoding`` says what they are: ``base64`` text or the ``raw`` file.
-    ``encoder`` is the manifest's encoder entry. Limits as in ``[media]``.
-    Answered by ``picture_done`` with one memfd per tensor.
+    ``grid`` is (time, rows, columns) in patches, for encoders of flattened patches.
     """
-
-    id: int
-    encoding: Literal["base64", "raw"]
-    encoder: dict[str, Any]
-    max_bytes: Natural
-    max_pixels: Natural
-    min_side: Natural
-    max_aspect: Natural
-    exact: bool = False
-
-
-class Render(_Message, frozen=True, tag="render", kw_only=True):
-    """Prep: template, neutralise, tokenise, expand pictures.
-
-    ``turns`` is a list of ``{"role": ..., "parts": [{"text": ...} or
-    {"picture": index}, ...]}``; ``pictures`` the number of image tokens of
-    each picture, by index. Answered by ``render_done``.
-    """
-
-    id: int
-    folder: str
-    manifest: dict[str, Any]
-    turns: list[dict[str, Any]]
-    pictures: list[int]
-
-
-class Encode(_Message, frozen=True, tag="encode", kw_only=True):
-    """Encoder: one memfd of pixels in, ``encode_done`` with one memfd of rows out."""
 
     id: int
     pixels: Tensor
+    grid: tuple[int, int, int] | None = None
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a picture's rows go: ``count`` tokens from ``start``; ``key`` identifies it."""
+    """Where a view's rows go: ``count`` tokens from ``start``; ``key`` identifies it.
+
+    ``grid`` is (time, rows, columns) in tokens, where the encoder has one.
+    ``video`` numbers the videos of a prompt: the view is a frame of that one,
+    and the frames of one video follow each other (RKLLM, as a video of its own).
+    """
 
     start: Natural
     count: Natural
     key: str
+    grid: tuple[int, int, int] | None = None
+    video: Natural | None = None
 
 
-class Generate(_Message, frozen=True, tag="generate", kw_only=True):
+class Generate(Message, frozen=True, tag="generate", kw_only=True):
     """Decoder: one memfd of float32 rows per span, in order.
 
     ``tokens`` is the whole conversation with the image tokens expanded; the
@@ -123,9 +93,9 @@ class Generate(_Message, frozen=True, tag="generate", kw_only=True):
     prompt: str = ""
     count: Natural = 0
     adapter: str = ""
-    spans: list[Span] = []
+    spans: list[Span] = msgspec.field(default_factory=list)
     max_tokens: int
-    stop: list[str] = []
+    stop: list[str] = msgspec.field(default_factory=list)
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -136,7 +106,25 @@ class Generate(_Message, frozen=True, tag="generate", kw_only=True):
     seed: int | None = None
 
 
-class Abort(_Message, frozen=True, tag="abort", kw_only=True):
+class Embed(Message, frozen=True, tag="embed", kw_only=True):
+    """Decoder: the vector of one input of ``/v1/embeddings``; ends in ``embed_done``.
+
+    ``tokens``, ``prompt``, ``count``, ``adapter``, ``spans`` and the memfds are
+    those of ``generate``. ``size`` asks for the first so many floats of the
+    vector, 0 for all of it. What is pooled, and how, is in the manifest's
+    ``embeddings``.
+    """
+
+    id: int
+    tokens: list[int]
+    prompt: str = ""
+    count: Natural = 0
+    adapter: str = ""
+    spans: list[Span] = msgspec.field(default_factory=list)
+    size: Natural = 0
+
+
+class Abort(Message, frozen=True, tag="abort", kw_only=True):
     """End order ``id`` early."""
 
     id: int
@@ -145,62 +133,33 @@ class Abort(_Message, frozen=True, tag="abort", kw_only=True):
 # --- child -> daemon ---------------------------------------------------------------
 
 
-class Hello(_Message, frozen=True, tag="hello", kw_only=True):
+class Hello(Message, frozen=True, tag="hello", kw_only=True):
     """First frame of every child. ``libraries`` maps names to versions."""
 
     pid: int
     role: str
     protocol: int = PROTOCOL
-    libraries: dict[str, str] = {}
+    libraries: dict[str, str] = msgspec.field(default_factory=dict)
 
 
-class Beat(_Message, frozen=True, tag="beat", kw_only=True):
+class Beat(Message, frozen=True, tag="beat", kw_only=True):
     """The child's main thread turns."""
 
 
-class Progress(_Message, frozen=True, tag="progress", kw_only=True):
+class Progress(Message, frozen=True, tag="progress", kw_only=True):
     """How far a load is, 0..1, and what it is doing."""
 
     fraction: float
     doing: str
 
 
-class Ready(_Message, frozen=True, tag="ready", kw_only=True):
+class Ready(Message, frozen=True, tag="ready", kw_only=True):
     """The load is done. ``info`` is shown by ``rkvlmctl status`` (shapes, versions)."""
 
-    info: dict[str, Any] = {}
+    info: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class PictureDone(_Message, frozen=True, tag="picture_done", kw_only=True):
-    """``sha256`` is over the picture file's bytes; ``tokens`` its image tokens.
-
-    One memfd per entry of ``tensors`` (one, until a model cuts tiles).
-    """
-
-    id: int
-    sha256: str
-    width: int
-    height: int
-    format: str
-    tensors: list[Tensor]
-    tokens: int
-
-
-class RenderDone(_Message, frozen=True, tag="render_done", kw_only=True):
-    """``tokens``: the whole prompt, pictures expanded; ``spans`` as (start, count, index).
-
-    ``prompt`` and ``count`` for RKLLM, as in ``generate``; where ``tokens`` is
-    empty, the spans have no start.
-    """
-
-    id: int
-    tokens: list[int]
-    spans: list[tuple[int, int, int]]
-    prompt: str = ""
-    count: Natural = 0
-
-
-class EncodeDone(_Message, frozen=True, tag="encode_done", kw_only=True):
+class EncodeDone(Message, frozen=True, tag="encode_done", kw_only=True):
     """One memfd: float32 rows, shape (image tokens, embedding size)."""
 
     id: int
@@ -208,7 +167,7 @@ class EncodeDone(_Message, frozen=True, tag="encode_done", kw_only=True):
     seconds: float
 
 
-class Prefilled(_Message, frozen=True, tag="prefilled", kw_only=True):
+class Prefilled(Message, frozen=True, tag="prefilled", kw_only=True):
     """The prompt is in the cache. ``cached`` of its tokens were there before."""
 
     id: int
@@ -217,7 +176,7 @@ class Prefilled(_Message, frozen=True, tag="prefilled", kw_only=True):
     seconds: float
 
 
-class Text(_Message, frozen=True, tag="text", kw_only=True):
+class Text(Message, frozen=True, tag="text", kw_only=True):
     """The next piece of whole characters (may be empty); ``tokens`` generated since the last."""
 
     id: int
@@ -235,12 +194,16 @@ class Perf(msgspec.Struct, frozen=True, kw_only=True):
     memory_mb: float
 
 
-class GenerateDone(_Message, frozen=True, tag="generate_done", kw_only=True):
+class GenerateDone(Message, frozen=True, tag="generate_done", kw_only=True):
     """``completion`` counts generated tokens, the end-of-text token left out.
 
     From RKLLM also: ``prompt`` and ``cached`` where the end knows better than
     the beginning, ``ignored`` the sampling parameters that had no effect,
     ``recycle`` that this child should be replaced, because its library leaks.
+
+    ``held`` names the blocks of ``conversation`` that the key/value cache holds now
+    (``wire.prefix``), empty where that is not known; ``forgot`` are conversations
+    that it holds no more.
     """
 
     id: int
@@ -249,12 +212,29 @@ class GenerateDone(_Message, frozen=True, tag="generate_done", kw_only=True):
     seconds: float
     prompt: int | None = None
     cached: int | None = None
-    ignored: list[str] = []
+    ignored: list[str] = msgspec.field(default_factory=list)
     recycle: bool = False
     perf: Perf | None = None
+    conversation: Natural = 0
+    held: list[str] = msgspec.field(default_factory=list)
+    forgot: list[Natural] = msgspec.field(default_factory=list)
 
 
-class Failed(_Message, frozen=True, tag="failed", kw_only=True):
+class EmbedDone(Message, frozen=True, tag="embed_done", kw_only=True):
+    """``vector``: base64 of ``size`` float32, little endian; ``tokens`` of the input, counted.
+
+    ``recycle`` as in ``generate_done``.
+    """
+
+    id: int
+    vector: str
+    size: int
+    tokens: int
+    seconds: float
+    recycle: bool = False
+
+
+class Failed(Message, frozen=True, tag="failed", kw_only=True):
     """An order that failed in a way that leaves the child well.
 
     ``code`` is a key of ``errors.CODES``; ``message`` is fit for a client.
@@ -265,17 +245,17 @@ class Failed(_Message, frozen=True, tag="failed", kw_only=True):
     message: str
 
 
-ToChild = Load | Picture | Render | Encode | Generate | Abort
+ToChild = Load | Picture | Video | Render | Encode | Generate | Embed | Abort
 FromChild = (
-    Hello | Beat | Progress | Ready | PictureDone | RenderDone | EncodeDone | Prefilled
-    | Text | GenerateDone | Failed
+    Hello | Beat | Progress | Ready | PictureDone | VideoDone | RenderDone | EncodeDone | Prefilled
+    | Text | GenerateDone | EmbedDone | Failed
 )  # fmt: skip
 
 
-_Kind = TypeVar("_Kind", bound=_Message)
+_Kind = TypeVar("_Kind", bound=Message)
 
 
-def _tag(kind: type[_Message]) -> str:
+def _tag(kind: type[Message]) -> str:
     return str(kind.__struct_config__.tag)
 
 

@@ -5,8 +5,8 @@ it at start. A caller needs no more than ``socat``::
 
     echo '{"jsonrpc":"2.0","id":1,"method":"status"}' | socat - UNIX:/run/rkvlmd/control.sock
 
-A call without an ``id`` is a notification and gets no answer. While ``load``
-and ``unload`` run, their caller gets ``progress`` notifications.
+A call without an ``id`` is a notification and gets no answer. While ``load``,
+``unload``, ``pin`` and ``drain`` run, their caller gets ``progress`` notifications.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ Id = str | int | float | None
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Who may call it, and the names of its parameters, all of them strings."""
+    """Who may call it, and the names of its parameters, all of them strings.
+
+    Those of ``options`` may be left out.
+    """
 
     tier: Tier
     params: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Method] = {
@@ -49,6 +53,11 @@ METHODS: dict[str, Method] = {
     "version": Method("look"),
     "load": Method("change", ("model",)),
     "unload": Method("change", ("model",)),
+    "pin": Method("change", ("model",)),
+    "unpin": Method("change", ("model",)),
+    "drain": Method("change", options=("wait",)),
+    "resume": Method("change"),
+    "reload": Method("change"),
     "cancel": Method("change", ("id",)),
 }
 
@@ -182,15 +191,16 @@ def _params(method: Method, given: object, id_: Id) -> dict[str, str]:
     if given is None:
         given = {}
     elif isinstance(given, list):
-        if len(given) > len(method.params):
+        names = method.params + method.options
+        if len(given) > len(names):
             raise RpcError(INVALID_PARAMS, "too many parameters", id=id_)
-        given = dict(zip(method.params, given, strict=False))
+        given = dict(zip(names, given, strict=False))
     if not isinstance(given, dict):
         raise RpcError(INVALID_PARAMS, "params must be an object or an array", id=id_)
     for name in given:
-        if name not in method.params:
+        if name not in method.params + method.options:
             _refuse_param(name if isinstance(name, str) else "", "no such parameter", id_)
-    for name in method.params:
+    for name in (*method.params, *(name for name in method.options if name in given)):
         if not isinstance(given.get(name), str):
             _refuse_param(name, "must be a string", id_)
         if not given[name]:
@@ -217,9 +227,21 @@ def failure(error: RpcError) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": error.id, "error": body}
 
 
-def progress(*, model: str, state: str, progress: float, detail: str) -> dict[str, Any]:
-    """Return the notification that a caller gets at each change of what it waits for."""
-    params = {"model": model, "state": state, "progress": progress, "detail": detail}
+def progress(
+    *, model: str, state: str, progress: float, detail: str, seconds_left: float | None = None
+) -> dict[str, Any]:
+    """Return the notification that a caller gets at each change of what it waits for.
+
+    ``model`` is empty where the whole server is meant; ``seconds_left`` is an
+    estimate, ``None`` where nobody knows.
+    """
+    params = {
+        "model": model,
+        "state": state,
+        "progress": progress,
+        "detail": detail,
+        "seconds_left": seconds_left,
+    }
     return {"jsonrpc": "2.0", "method": "progress", "params": params}
 
 
@@ -239,6 +261,7 @@ class Progress:
     state: str
     progress: float
     detail: str
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,12 +300,13 @@ def _progress(message: dict[str, Any]) -> Progress:
     params = message.get("params")
     if not isinstance(params, dict):
         raise ValueError("progress without params")
-    share = params.get("progress")
+    share, left = params.get("progress"), params.get("seconds_left")
     return Progress(
         model=str(params.get("model", "")),
         state=str(params.get("state", "")),
         progress=float(share) if isinstance(share, int | float) else 0.0,
         detail=str(params.get("detail", "")),
+        seconds_left=float(left) if isinstance(left, int | float) else None,
     )
 
 

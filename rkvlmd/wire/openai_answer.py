@@ -143,7 +143,7 @@ def error_body(error: RkvlmdError) -> bytes:
 
 def model_card(view: ModelView) -> dict[str, Any]:
     """Return one model in the shape that readers of OpenAI, vLLM and llama.cpp look for."""
-    modalities = ["text", "image"] if view.image else ["text"]
+    modalities = ["text"] + ["image"] * view.image + ["video"] * view.video
     return {
         "id": view.name,
         "object": "model",
@@ -154,7 +154,7 @@ def model_card(view: ModelView) -> dict[str, Any]:
         "max_model_len": view.context,
         "aliases": ["default"] if view.default else [],
         "meta": {"n_ctx": view.context},
-        "architecture": {"input_modalities": modalities, "output_modalities": ["text"]},
+        "architecture": {"input_modalities": modalities, "output_modalities": list(view.makes)},
     }
 
 

@@ -28,6 +28,7 @@ READ: frozenset[str] = frozenset(
         "stream_options",
         "timeout",
         "priority",
+        "keep_alive",
     ]
 )
 
@@ -65,7 +66,6 @@ IGNORED: frozenset[str] = frozenset(
         "thinking",
         "enable_thinking",
         "chat_template_kwargs",
-        "keep_alive",
         "options",
     ]
 )

@@ -8,6 +8,7 @@ from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import ChatRequest, Sampling
 from rkvlmd.settings import Settings
 from rkvlmd.wire import strict_json
+from rkvlmd.wire.keep_alive import keep_alive
 from rkvlmd.wire.openai_content import Content
 from rkvlmd.wire.openai_fields import INT64, Fields, invalid
 from rkvlmd.wire.openai_params import sort_out
@@ -36,11 +37,13 @@ def parse_chat(body: bytes, settings: Settings) -> ChatRequest:
         raise RkvlmdError("invalid_request", "The request body must be a JSON object.")
     fields = Fields(tree)
     ignored, unknown = sort_out(fields)
-    turns, pictures = Content(settings).messages(fields.get("messages"))
+    content = Content(settings)
+    turns = content.messages(fields.get("messages"))
     options = _stream_options(fields)
     return ChatRequest(
         turns=turns,
-        pictures=pictures,
+        pictures=content.pictures,
+        videos=content.videos,
         model=fields.text("model", most=MODEL_CHARACTERS) or None,
         sampling=_sampling(fields),
         max_tokens=_max_tokens(fields),
@@ -49,6 +52,7 @@ def parse_chat(body: bytes, settings: Settings) -> ChatRequest:
         include_usage=options.flag("include_usage"),
         timeout=fields.number("timeout", least=0.0, most=LONGEST_TIMEOUT, above=True),
         priority=priority(fields.get("priority")),
+        keep_alive=keep_alive(fields.get("keep_alive")),
         ignored=ignored,
         unknown=unknown,
     )

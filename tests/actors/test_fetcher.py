@@ -334,6 +334,15 @@ async def test_too_many_bytes(pieces: tuple[bytes, ...], autojump_clock: object)
         assert trio.current_time() == started  # the deadline had no part in it
 
 
+async def test_a_video_has_a_limit_of_its_own_and_its_name_in_errors() -> None:
+    server = Says(ok(bytes(4097)), repeat=True)
+    async with world(servers={(PUBLIC, 80): server}, max_image_bytes=4096) as (fetcher, _, _):
+        url = "http://pictures.example/"
+        assert len(await fetcher.fetch(url, FIELD, what="video", most=5000)) == 4097
+        with pytest.raises(RkvlmdError, match="the video file is larger than 4000 bytes"):
+            await fetcher.fetch(url, FIELD, what="video", most=4000)
+
+
 async def test_exactly_the_limit() -> None:
     server = Says(ok(bytes(4096)))
     async with world(servers={(PUBLIC, 80): server}, max_image_bytes=4096) as (fetcher, _, _):

@@ -13,20 +13,13 @@ import trio
 import trio.abc
 
 from rkvlmd.actors.blobs import Blob
-from rkvlmd.actors.crashes import CrashMemory
-from rkvlmd.actors.embeddings import EmbeddingCache
-from rkvlmd.actors.fetcher import Fetcher
 from rkvlmd.actors.house import House
 from rkvlmd.actors.job import Job
-from rkvlmd.actors.lease import Lease
-from rkvlmd.actors.memory import Room
-from rkvlmd.actors.pipeline import Tools
 from rkvlmd.actors.prep import Prep
-from rkvlmd.actors.residency import Residency
-from rkvlmd.actors.scheduler import Scheduler
-from rkvlmd.models import catalog
 from tests.fakes.children import FakeChild, FakeLoader
+from tests.fakes.parts import house_of
 from tests.fakes.scripted import chat, collect, make_model, settings_for, submit
+from tests.fakes.stage import Stage
 from tests.fakes.torture import cancel_everywhere
 
 
@@ -43,33 +36,26 @@ def descriptors() -> int:
 
 
 @asynccontextmanager
-async def open_house(tmp: Path) -> AsyncIterator[House]:
-    settings = settings_for(tmp)
-    entries, problems = catalog.scan(tmp / "models", demo=False)
-    assert not problems
-    make: Any = FakeChild
+async def open_house(tmp: Path, *, overlap: bool = False) -> AsyncIterator[House]:
+    settings = settings_for(tmp, cache={"embeddings_bytes": 1000}, npu={"overlap": overlap})
+    make: Any = _other_pictures() if overlap else FakeChild
     loader = FakeLoader(settings, tmp, make_child=make)
-    prep = Prep(settings, lambda name: make(name, "prep"))
-    lease = Lease()
-    with EmbeddingCache(1000) as cache:
-        residency = Residency(settings, entries, lease, loader, room=lambda: Room(8 << 30, None))
-        tools = Tools(
-            settings, Fetcher(settings.media), prep, lease, residency, cache, CrashMemory(600.0)
-        )
-        house = House(settings, tools, Scheduler(tools))
-        async with trio.open_nursery() as nursery:
-            await nursery.start(prep.run)
-            await nursery.start(residency.run)
-            await nursery.start(house.scheduler.run)
-            yield house
-            nursery.cancel_scope.cancel()
+    async with house_of(settings, loader, Prep(settings, lambda n: make(n, "prep"))) as house:
+        yield house
 
 
-def test_the_whole_house_cancelled_at_every_step(folder: Path) -> None:
+def _other_pictures() -> Any:
+    """Children for whom each picture is another one, so that there is always one to encode."""
+    stage = Stage()
+    return lambda name, role: stage.child(name, role, words=3)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_whole_house_cancelled_at_every_step(folder: Path, overlap: bool) -> None:
     houses: list[House] = []
 
     async def scenario() -> None:
-        async with open_house(folder) as house:
+        async with open_house(folder, overlap=overlap) as house:
             houses.append(house)
             jobs = [submit(house, chat("x", pictures=2, model=name)) for name in ("a", "b", "a")]
             for job in jobs:

@@ -9,8 +9,11 @@ import trio
 
 from rkvlmd.actors.house import House
 from rkvlmd.actors.metrics import Counter, Histogram, Metrics
+from rkvlmd.board.gauges import read as read_gauges
+from rkvlmd.board.root import open_root
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.front.http.metrics import _counter, _histogram, render
+from tests.fakes.boards import trees
 from tests.fakes.prometheus import Samples, parse
 from tests.fakes.quick_house import quick_house
 from tests.fakes.scripted import chat, collect, submit, until_phase
@@ -58,7 +61,8 @@ async def test_names_of_vllm_are_there_from_the_start(tmp_path: Path) -> None:
         "inter_token_latency_seconds", "e2e_request_latency_seconds",
         "request_queue_time_seconds", "request_prefill_time_seconds",
         "request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens",
-        "request_generation_tokens", "request_params_max_tokens",
+        "request_generation_tokens", "request_params_max_tokens", "request_params_n",
+        "iteration_tokens_total", "kv_cache_usage_perc", "cache_config_info",
     ):  # fmt: skip
         assert f"# TYPE rkvlmd_{name} " in content
 
@@ -156,6 +160,72 @@ async def test_one_line_in_the_log_for_each_job(
     stages = ("fetch", "decode_image", "prepare", "queue", "load", "encode", "prefill", "generate")
     assert all(float(found[stage]) >= 0 for stage in (*stages, "first_token", "total"))
     assert "secret" not in line
+
+
+async def test_the_board_is_on_the_page(tmp_path: Path) -> None:
+    """Temperature, clock, load and CMA of a recorded board; nothing of them on another machine."""
+    tree = trees.rk3588()
+    tree.files["/sys/kernel/debug/rknpu/load"] = "NPU load:  Core0: 95%, Core1:  0%, Core2:  7%,\n"
+    root, _ = open_root(tree.write(tmp_path / "board"))
+    async with quick_house(tmp_path, "a") as house:
+        found = parse(render(house, 0, read_gauges(root)))
+        other = page(house)
+    assert found["rkvlmd_npu_temperature_celsius"] == 46.23
+    assert found["rkvlmd_npu_frequency_hertz"] == 1e9
+    assert [found[f'rkvlmd_npu_load_ratio{{core="{core}"}}'] for core in range(3)] == [
+        0.95,
+        0,
+        0.07,
+    ]
+    assert found["rkvlmd_cma_free_bytes"] == 240000 * 1024
+    assert not any("npu_" in name or "cma_" in name for name in other)
+    # Without the driver's own entries (they are root's): one figure for all cores.
+    tree = trees.rk3588().without("/sys/kernel/debug/rknpu/load")
+    tree.files["/sys/devices/platform/fdab0000.npu/devfreq/fdab0000.npu/load"] = "42@1000000000Hz\n"
+    root, _ = open_root(tree.write(tmp_path / "plain"))
+    assert read_gauges(root).load == (("all", 0.42),)
+    root, _ = open_root(trees.x86().write(tmp_path / "x86"))
+    assert read_gauges(root) == type(read_gauges(root))()
+
+
+async def test_how_full_the_cache_is_and_what_a_step_computes(tmp_path: Path) -> None:
+    async with quick_house(tmp_path, "a") as house:
+        with trio.fail_after(20):
+            context = house.residency.model("a").context
+            job = submit(house, chat(pictures=1, model="a"))
+            await until_phase(house, job, "generating")
+            found = page(house)
+            used = (job.prompt_tokens + job.completion_tokens) / context
+            assert found['rkvlmd_kv_cache_usage_perc{model_name="a"}'] == pytest.approx(used)
+            await collect(job)
+            await house.scheduler.wait_empty()
+            found = page(house)
+            (view,) = [v for v in house.residency.models() if v.name == "a"]
+    config = f'{{model_name="a",num_tokens="{view.context}"}}'
+    assert found[f"rkvlmd_cache_config_info{config}"] == 1
+    assert found['rkvlmd_kv_cache_usage_perc{model_name="a"}'] == 0
+    # One prefill of six tokens that gave the first token, and two more tokens.
+    assert found['rkvlmd_iteration_tokens_total_count{model_name="a"}'] == 3
+    assert found['rkvlmd_iteration_tokens_total_sum{model_name="a"}'] == 6 + 3
+
+
+async def test_a_job_tells_how_long_its_phase_lasts(tmp_path: Path) -> None:
+    async with quick_house(tmp_path, "a") as house:
+        with trio.fail_after(20):
+            async with house.tools.lease.hold("test", "a"):
+                job = submit(house, chat(model="a"))
+                await until_phase(house, job, "waiting")
+                first = job.view()
+                job.phase = "waiting"  # the same phase goes on
+                assert job.view().phase_age >= first.phase_age
+                job.phase = "encoding"
+                assert job.view().phase_age < first.age
+                assert job.view().age >= first.age
+                job.abandon("cancelled")
+            await house.scheduler.wait_empty()
+            status = house.status()
+    assert status["lease"]["busy_seconds"] > 0
+    assert status["tokens"] == {"prompt": 0, "cached": 0, "generated": 0}
 
 
 async def test_errors_of_jobs(tmp_path: Path) -> None:

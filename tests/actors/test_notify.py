@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from functools import partial
 
 import pytest
@@ -107,3 +108,15 @@ async def test_watchdog_beats_at_half_the_interval_while_healthy(manager, autoju
         await trio.sleep(10)
         assert said(sock) == ["WATCHDOG=1"]
         nursery.cancel_scope.cancel()
+
+
+def test_a_reload_is_told_with_its_time(manager):
+    sock, name = manager
+    notify = Notify({"NOTIFY_SOCKET": name})
+    notify.reloading()
+    (message,) = said(sock)
+    first, second = message.split("\n")
+    assert first == "RELOADING=1"
+    key, _, microseconds = second.partition("=")
+    assert key == "MONOTONIC_USEC"
+    assert 0 <= time.monotonic_ns() // 1000 - int(microseconds) < 60_000_000

@@ -124,11 +124,12 @@ async def test_the_text_of_a_request_counts_as_long_as_it_is_held(tmp_path: Path
                 request = chat(pictures=1, model="a")
                 job = house.scheduler.submit(slot, request, request_id="r")
                 await until_phase(house, job, "waiting")
-                # The base64 text has become eight bytes of pixels, the rest is kept.
-                assert house.scheduler.gate.bytes == 5000 - len(request.pictures[0].data) + 8
+                # The base64 text has become pixels (eight values), the rest is kept.
+                assert house.scheduler.gate.bytes == 5000 - len(request.pictures[0].data)
+                assert house.scheduler.gate.pixels == 3
             await collect(job)
             await house.scheduler.wait_empty()
-        assert house.scheduler.gate.bytes == 0
+        assert house.scheduler.gate.bytes == house.scheduler.gate.pixels == 0
 
 
 async def test_the_service_time_is_learnt(tmp_path: Path) -> None:

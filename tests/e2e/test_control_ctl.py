@@ -328,5 +328,6 @@ def test_it_imports_no_more_than_it_needs():
     )
     out = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
     mine = {"rkvlmd", "rkvlmd.paths", "rkvlmd.wire", "rkvlmd.wire.control"}
-    ctl_parts = {"rkvlmd.ctl" + part for part in ("", ".__main__", ".client", ".render")}
+    names = ("", ".__main__", ".client", ".model_commands", ".orders", ".render")
+    ctl_parts = {"rkvlmd.ctl" + part for part in names}
     assert set(eval(out.stdout)) - {"__main__"} == mine | ctl_parts

@@ -115,6 +115,10 @@ def test_systemd_is_told(place):
             said = set()
             while not {"READY", "WATCHDOG", "STATUS"} <= said:
                 said.add(manager.recv(4096).decode().partition("=")[0])
+            daemon.process.send_signal(signal.SIGHUP)
+            heard = []
+            while "RELOADING" not in heard or heard[-1] != "READY":
+                heard.append(manager.recv(4096).decode().partition("=")[0])
             assert daemon.stop() == 0
             while "STOPPING" not in said:
                 said.add(manager.recv(4096).decode().partition("=")[0])

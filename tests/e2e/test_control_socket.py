@@ -120,10 +120,11 @@ async def test_load_tells_progress_and_the_end(path):
         assert "id" not in first
         while first["params"]["state"] != "loading":
             first = await peer.line()
-        house.residency.change("demo", progress=0.5, detail="decoder")
+        house.residency.change("demo", progress=0.5, detail="decoder", seconds_left=12.345)
         step = await peer.line()
         assert step["params"] == {
             "model": "demo", "state": "loading", "progress": 0.5, "detail": "decoder",
+            "seconds_left": 12.3,
         }  # fmt: skip
         house.residency.finish("demo")
         end = await peer.line()

@@ -309,7 +309,7 @@ async def test_a_full_queue_and_the_next_good_request() -> None:
 async def test_unknown_fields_are_counted_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", "rkvlmd.front.http.chat")
+    caplog.set_level("INFO", "rkvlmd.front.http.intake")
     async with running() as house:
         for _ in range(3):
             assert (await ask(house, zzz=1)).status == 200

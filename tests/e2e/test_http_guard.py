@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from rkvlmd.errors import SettingsError
-from rkvlmd.front.http.chat import UnknownFields
+from rkvlmd.front.http.intake import UnknownFields
 from rkvlmd.settings import check, parse
 from tests.fakes.house import Reply, connected, running, settings
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -45,6 +46,12 @@ def test_the_metrics_of_a_daemon(tmp_path: Path) -> None:
         assert ask(messages=question("x", "data:image/png;base64,AAAA")) == 400
         found = page(daemon.url)
         status = daemon.ctl("status")
+        children = {child["name"]: child for child in status["children"]}
+        decoder = children["decoder:scripted"]
+        environ = Path(f"/proc/{decoder['pid']}/environ").read_bytes().split(b"\0")
+    # Large buffers go back to the system, and the versions are those that are installed.
+    assert b"MALLOC_MMAP_THRESHOLD_=262144" in environ
+    assert decoder["info"]["numpy"] == metadata.version("numpy")
     model = '{model_name="scripted"}'
     assert found[f"rkvlmd_time_to_first_token_seconds_count{model}"] == 2
     assert found[f"rkvlmd_generation_tokens_total{model}"] == 10

@@ -28,9 +28,12 @@ class FakeChild:
         self.listener: Callable[[wire.FromChild], bool] | None = None
         self.last_words = ""
         self.aborts = 0
+        #: What it answers to the order to load.
+        self.load: Callable[[], wire.Ready | wire.Failed] = wire.Ready
         self._words = words
         self._ids = 0
         self._killed: str | None = None
+        self._planned = True
         self._aborted: set[int] = set()
         self._orders, self._work = trio.open_memory_channel[tuple[Any, int]](64)
         self._say, self._said = trio.open_memory_channel[tuple[Any, list[int]]](256)
@@ -52,7 +55,9 @@ class FakeChild:
                 await self._wake.wait()
                 nursery.cancel_scope.cancel()
         finally:
-            self.death = ChildDiedError(self.name, self._killed or "stopped", "", planned=True)
+            self.death = ChildDiedError(
+                self.name, self._killed or "stopped", "", planned=self._planned
+            )
             self.dead.set()
             self._say.close()
             while True:
@@ -66,6 +71,11 @@ class FakeChild:
     def kill(self, why: str) -> None:
         self._killed = self._killed or why
         self._wake.set()
+
+    def die(self) -> None:
+        """End as a child does that nobody has asked to."""
+        self._planned = False
+        self.kill("killed by SIGKILL")
 
     async def send(self, message: wire.ToChild, fds: Sequence[int] = ()) -> None:
         if not self.alive:
@@ -90,26 +100,44 @@ class FakeChild:
     async def _main(self) -> None:
         async for order, fds in self._work:
             if isinstance(order, wire.Load):
-                await self._answer(wire.Ready())
+                await self._answer(self.load())
             elif isinstance(order, wire.Picture):
                 tensor = wire.Tensor(shape=(8,), dtype="uint8")
+                tokens = order.manifest["encoders"][0]["tokens"]
                 done = wire.PictureDone(
-                    id=order.id, sha256="0" * 64, width=4, height=4, format="PNG",
-                    tensors=[tensor], tokens=order.encoder["tokens"],
+                    id=order.id, sha256=self.sha256(), width=4, height=4, format="PNG",
+                    views=[wire.View(encoder=0, tensor=tensor, tokens=tokens)], layout=[0],
                 )  # fmt: skip
                 await self._answer(done, memfd(8))
             elif isinstance(order, wire.Render):
-                count = sum(order.pictures)
+                count = sum(sum(picture.tokens) for picture in order.pictures)
                 await self._answer(
-                    wire.RenderDone(id=order.id, tokens=[1] * (count + 2), spans=_spans(order))
+                    wire.RenderDone(
+                        id=order.id, tokens=self.tokens(order, count), spans=_spans(order)
+                    )
                 )
             elif isinstance(order, wire.Encode):
                 assert fds == 1
-                rows = wire.Tensor(shape=(4, 8), dtype="float32")
-                await self._answer(wire.EncodeDone(id=order.id, rows=rows, seconds=0.0), memfd(128))
+                await self._encode(order)
             elif isinstance(order, wire.Generate):
                 assert fds == len(order.spans)
                 await self._generate(order)
+
+    def sha256(self) -> str:
+        """Return the hash of the next picture: all are the same."""
+        return "0" * 64
+
+    def tokens(self, order: wire.Render, pictures: int) -> list[int]:
+        """Return a prompt with so many image tokens from the second place on."""
+        return [1] * (pictures + 2)
+
+    def held(self, order: wire.Generate) -> list[str]:
+        """Return what the cache holds after a run."""
+        return []
+
+    async def _encode(self, order: wire.Encode) -> None:
+        rows = wire.Tensor(shape=(4, 8), dtype="float32")
+        await self._answer(wire.EncodeDone(id=order.id, rows=rows, seconds=0.0), memfd(128))
 
     async def _generate(self, order: wire.Generate) -> None:
         await self._answer(
@@ -122,8 +150,11 @@ class FakeChild:
             count += 1
         reason = "aborted" if order.id in self._aborted else "stop"
         await self._answer(
-            wire.GenerateDone(id=order.id, reason=reason, completion=count, seconds=0.0)  # type: ignore[arg-type]
-        )
+            wire.GenerateDone(
+                id=order.id, reason=reason, completion=count, seconds=0.0,  # type: ignore[arg-type]
+                held=self.held(order),
+            )
+        )  # fmt: skip
 
     async def _answer(self, message: wire.FromChild, fd: int | None = None) -> None:
         try:
@@ -137,11 +168,12 @@ class FakeChild:
             raise
 
 
-def _spans(order: wire.Render) -> list[tuple[int, int, int]]:
+def _spans(order: wire.Render) -> list[tuple[int, int, int, int]]:
     spans, start = [], 1
-    for index, count in enumerate(order.pictures):
-        spans.append((start, count, index))
-        start += count
+    for index, picture in enumerate(order.pictures):
+        for view, count in enumerate(picture.tokens):
+            spans.append((start, count, index, view))
+            start += count
     return spans
 
 

@@ -48,6 +48,24 @@ class FakeScheduler:
 
     def __init__(self) -> None:
         self.live: dict[str, JobView] = {}
+        self.paused = False
+        self._empty = trio.Event()
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    async def wait_empty(self) -> None:
+        while self.live:
+            await self._empty.wait()
+
+    def end_all(self) -> None:
+        """End every job."""
+        self.live.clear()
+        self._empty.set()
+        self._empty = trio.Event()
 
     def jobs(self) -> list[JobView]:
         return list(self.live.values())
@@ -80,6 +98,18 @@ class FakeResidency:
 
     async def unload(self, name: str) -> ModelView:
         return await self._act("unload", name, ModelState.UNLOADING)
+
+    async def pin(self, name: str) -> ModelView:
+        await self._act("pin", name, ModelState.LOADING)
+        self.change(name, pinned=True)
+        return self.views[name]
+
+    async def unpin(self, name: str) -> ModelView:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(f"unpin {name}")
+        self.model(name)
+        self.change(name, pinned=False)
+        return self.views[name]
 
     async def _act(self, what: str, name: str, state: ModelState) -> ModelView:
         self.asked.append(f"{what} {name}")
@@ -121,6 +151,15 @@ class FakeHouse:
     residency: FakeResidency = field(default_factory=lambda: FakeResidency("demo", "other"))
     http_address: str = "http://127.0.0.1:1"
     stopping: bool = False
+    reloaded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def draining(self) -> bool:
+        return self.scheduler.paused
+
+    async def reload(self) -> dict[str, Any]:
+        await trio.lowlevel.checkpoint()
+        return self.reloaded
 
     def status(self) -> dict[str, Any]:
         return {

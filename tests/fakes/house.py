@@ -152,6 +152,7 @@ class FakeHouse:
     residency: FakeResidency = field(default_factory=FakeResidency)
     http_address: str = ""
     stopping: bool = False
+    draining: bool = False
     stop: trio.Event = field(default_factory=trio.Event)
     stopped: trio.Event = field(default_factory=trio.Event)
     metrics: Metrics = field(default_factory=Metrics)

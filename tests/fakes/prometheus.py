@@ -38,7 +38,7 @@ def parse(page: bytes) -> Samples:
         assert match, line
         suffixes = _SUFFIXES.get(kind, ("",))
         assert match[1] in [name + suffix for suffix in suffixes], line
-        assert (kind == "counter") == name.endswith("_total"), line
+        assert kind != "counter" or name.endswith("_total"), line
         key = line.rpartition(" ")[0]
         assert key not in samples, key
         samples[key] = float(match[3])

@@ -59,8 +59,9 @@ class Board:
 
     def arrive(self, work: Work, running: Served | None) -> None:
         ticket = Waiting(
-            work.client, work.model, work.at, work.rank, self.history.number, prefix=work.prefix
-        )
+            work.client, work.model, work.at, work.rank, self.history.number,
+            prefix=(work.prefix,) if work.prefix else (),
+        )  # fmt: skip
         before = [s.ticket for s in self.waiting]
         self.waiting.append(Served(work, ticket, before, running, self.history.number, self.swaps))
 

@@ -17,21 +17,13 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from rkvlmd.actors.child import Child
-from rkvlmd.actors.crashes import CrashMemory
-from rkvlmd.actors.embeddings import EmbeddingCache
-from rkvlmd.actors.fetcher import Fetcher
 from rkvlmd.actors.house import House
 from rkvlmd.actors.job import Job
-from rkvlmd.actors.lease import Lease
 from rkvlmd.actors.loading import Loader
-from rkvlmd.actors.memory import Room
-from rkvlmd.actors.pipeline import Tools
 from rkvlmd.actors.prep import Prep
-from rkvlmd.actors.residency import Residency
-from rkvlmd.actors.scheduler import Scheduler
 from rkvlmd.messages import ChatRequest, Ended, PicturePart, PictureSource, TextPart, Turn
-from rkvlmd.models import catalog
 from rkvlmd.settings import Settings
+from tests.fakes.parts import ROOM, house_of
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}"
@@ -88,7 +80,8 @@ def make_model(parent: Path, name: str = "scripted", *, context: int = 512) -> P
         "template": entry("chat_template.jinja"),
         "image": {"content": "<image>"},
         "special_strings": ["<image>", "[end]"],
-        "capabilities": ["image", "multi_image"],
+        "embeddings": {"inputs": ["text", "image"], "normalise": False},
+        "capabilities": ["image", "multi_image", "embeddings"],
     }  # fmt: skip
     (folder / "rkvlm.json").write_text(json.dumps(manifest))
     return folder
@@ -145,7 +138,7 @@ async def open_house(
     *,
     scripts: Scripts | None = None,
     names: tuple[str, ...] = ("scripted",),
-    room: Callable[[], int] = lambda: 8 << 30,
+    room: Callable[[], int] = lambda: ROOM,
     **sections: dict[str, Any],
 ) -> AsyncIterator[House]:
     """Start prep, residency and scheduler over scripted children; no fronts."""
@@ -153,22 +146,10 @@ async def open_house(
     for name in names:
         if not (tmp / "models" / name).exists():
             make_model(tmp / "models", name)
-    entries, problems = catalog.scan(tmp / "models", demo=False)
-    assert not problems, problems
     scripts = scripts or Scripts({}, {}, {})
     loader, prep = spare_parts(settings, scripts)
-    lease = Lease()
-    with EmbeddingCache(settings.cache.embeddings_bytes) as cache:
-        residency = Residency(settings, entries, lease, loader, room=lambda: Room(room(), None))
-        crashes = CrashMemory(settings.queue.crash_refusal_seconds)
-        tools = Tools(settings, Fetcher(settings.media), prep, lease, residency, cache, crashes)
-        house = House(settings, tools, Scheduler(tools))
-        async with trio.open_nursery() as nursery:
-            await nursery.start(prep.run)
-            await nursery.start(residency.run)
-            await nursery.start(house.scheduler.run)
-            yield house
-            nursery.cancel_scope.cancel(reason="the test is over")
+    async with house_of(settings, loader, prep, room=room) as house:
+        yield house
 
 
 def chat(text: str = "hello", pictures: int = 0, **more: Any) -> ChatRequest:
@@ -203,8 +184,10 @@ async def collect(job: Job) -> tuple[str, Ended]:
 
 
 async def until_phase(house: House, job: Job, *phases: str) -> None:
-    """Wait until the job is in one of the phases, turn by turn of the loop."""
+    """Wait until the job is in one of the phases; one waiter a job at a time."""
     with trio.fail_after(20):
         while job.phase not in phases:
             assert job.outbox.end is None, job.outbox.end
-            await trio.sleep(0.001)
+            moved = trio.Event()
+            job.on_phase = moved.set
+            await moved.wait()

@@ -85,11 +85,14 @@ def make_model(
     seed: int = 0,
     context: int = 512,
     layers: int = 3,
+    hidden: bool = False,
 ) -> Manifest:
     """Write the model folder ``folder`` (``rkvlm.json`` and ONNX files); return its manifest."""
     checkpoint = folder.parent / f".{folder.name}.checkpoint"
     make_hf(checkpoint, seed=seed, context=context, layers=layers)
-    return smolvlm.export(checkpoint, folder, name=name, attention=attention, precision=precision)
+    return smolvlm.export(
+        checkpoint, folder, name=name, attention=attention, precision=precision, hidden=hidden
+    )
 
 
 def save_tensors(path: Path, tensors: dict[str, npt.NDArray[np.float32]]) -> None:

@@ -101,6 +101,7 @@ def test_stop_time_is_above_the_longest_stop(service):
         ("Type", "notify"),
         ("NotifyAccess", "main"),
         ("KillMode", "mixed"),
+        ("ExecReload", "/bin/kill -HUP $MAINPID"),
         ("Restart", "on-failure"),
         ("OOMPolicy", "continue"),
         ("RestartPreventExitStatus", str(cli.BAD_SETTINGS)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tarfile
@@ -48,10 +49,25 @@ def test_the_wheel_has_the_package_and_its_data(wheel: zipfile.ZipFile) -> None:
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert here <= names
+    catalogue = {f"rkvlmd/etc/models.d/{p.name}" for p in (ROOT / "etc" / "models.d").iterdir()}
+    assert catalogue <= names
     info = f"rkvlmd-{__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in names
     assert {n.split("/")[0] for n in names} == {"rkvlmd", info}
     assert wheel.read("rkvlmd/etc/rkvlmd.toml") == (ROOT / "etc/rkvlmd.toml").read_bytes()
+
+
+def test_the_catalogue_is_found_in_an_installed_wheel(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path / "site")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "rkvlmd.ctl", "--json", "show", "--models", str(tmp_path)],
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    listed = {row["model"] for row in json.loads(done.stdout)["models"]}
+    assert listed == {p.stem for p in (ROOT / "etc" / "models.d").iterdir()}
 
 
 def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from rkvlmd.engine import rkllm_cross
 from rkvlmd.engine.render import render_text
 from rkvlmd.engine.rkllm_decoder import RkllmDecoder
 from rkvlmd.models import manifest as manifests
 from rkvlmd.wire import child
+from tests.fakes.laid import one_view
 from tests.npusim import compiler, folders, models
 from tests.npusim.fixture import Sim
 
@@ -64,11 +66,13 @@ class Bench:
                 else:
                     found.append({"text": part})
             built.append({"role": ("user", "assistant")[i % 2], "parts": found})
-        counts = [folders.TOKENS] * len(self.pictures)
-        rendered = render_text(str(self.folder), self.manifest, built, counts)
+        beside = self.manifest.decoder.cross_attention is not None
+        tokens = 1 if beside else folders.TOKENS
+        pictures = one_view(self.manifest, [tokens] * len(self.pictures))
+        rendered = render_text(str(self.folder), self.manifest, built, pictures)
         spans = [
             child.Span(start=s, count=c, key=f"picture {self.pictures[i]}")
-            for s, c, i in rendered.spans
+            for s, c, i, _ in rendered.spans
         ]
         return child.Generate(
             **{
@@ -78,6 +82,13 @@ class Bench:
         )  # fmt: skip
 
     def rows(self) -> list[Any]:
+        shape = self.manifest.decoder.cross_attention
+        if shape is not None:
+            sizes = (folders.TOKENS, shape.layers, shape.kv_heads, shape.head_dim)
+            return [
+                rkllm_cross.rows_of(models.caches_of(p, *sizes), shape, folders.TOKENS)
+                for p in self.pictures
+            ]
         outputs = self.manifest.encoders[0].outputs if self.manifest.encoders else 1
         return [models.rows_of(p, folders.TOKENS, folders.EMBED, outputs) for p in self.pictures]
 

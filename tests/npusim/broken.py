@@ -12,16 +12,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rkvlmd.engine import rkllm_cross
 from rkvlmd.engine import rkllm_inputs as inputs
 from rkvlmd.engine import rkllm_types as types
 from rkvlmd.engine.rkllm_library import open_library
 from rkvlmd.engine.rkllm_session import ImageTags, Session, Setup, infer_param
 from rkvlmd.engine.rkllm_types import Floats
+from rkvlmd.models.manifest import CrossAttention
 from tests.npusim import models
 
 TAGS = ImageTags(b"<|vision_start|>", b"<|vision_end|>", b"<|image_pad|>")
@@ -36,6 +39,19 @@ def caller(section: str) -> Callable[[Caller], Caller]:
 
     def register(function: Caller) -> Caller:
         CALLERS[function.__name__] = (section, function)
+        return function
+
+    return register
+
+
+CROSSING: dict[str, tuple[str, Caller]] = {}
+
+
+def crossing(section: str) -> Callable[[Caller], Caller]:
+    """Register a caller of a model with cross attention."""
+
+    def register(function: Caller) -> Caller:
+        CROSSING[function.__name__] = (section, function)
         return function
 
     return register
@@ -118,6 +134,44 @@ def outputs_one_after_the_other(session: Session) -> None:
 @caller("3.4")
 def a_size_that_makes_other_tokens(session: Session) -> None:
     run(session, picture(session, image_width=2 * SIDE))
+
+
+def film(session: Session, prompt: bytes = b"<video>x", **changes: Any) -> Any:
+    """Return a right input with one video of two frames, then changed."""
+    rows = [models.rows_of(p, TOKENS, EMBED, OUTPUTS) for p in (7, 8)]
+    block = inputs.stack(
+        rows, tokens=TOKENS, row=EMBED * OUTPUTS, width=SIDE, height=SIDE, tags=TAGS
+    )
+    value = inputs.multimodal_input(
+        session.library.layout, b"<video>x", None, videos=block, frames=2
+    )
+    value.kept = block
+    value.multimodal_input.prompt = prompt
+    for name, wanted in changes.items():
+        setattr(value.multimodal_input.video, name, wanted)
+    return value
+
+
+@caller("2.10")
+def more_videos_than_places(session: Session) -> None:
+    run(session, film(session))
+    run(session, film(session, n_video=2, n_frame_per_video=1))
+
+
+@caller("2.10")
+def a_video_in_a_picture_s_place(session: Session) -> None:
+    run(session, film(session, b"<image>x"))
+
+
+@caller("3.1")
+def frames_with_another_stride(session: Session) -> None:
+    frames = models.rows_of(7, 2 * TOKENS, EMBED, OUTPUTS)
+    run(session, film(session, video_embed=frames.ctypes.data_as(Floats)))
+
+
+@caller("3.4")
+def frames_of_another_size(session: Session) -> None:
+    run(session, film(session, frame_width=2 * SIDE))
 
 
 @caller("1.4")
@@ -269,6 +323,73 @@ def thinking_that_is_no_bool(session: Session) -> None:
     run(session, value)
 
 
+# --- models with cross attention ----------------------------------------------------------
+
+LAYERS, HEADS, DIM = 2, 3, 4
+
+
+def beside(session: Session, **changes: Any) -> Any:
+    """Give right caches of two pictures, changed; return what must stay alive."""
+    shape = CrossAttention(layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
+    rows = [
+        rkllm_cross.rows_of(models.caches_of(p, TOKENS, LAYERS, HEADS, DIM), shape, TOKENS)
+        for p in (1, 2)
+    ]
+    caches = rkllm_cross.caches(rows, shape)
+    param = caches.param
+    for name, value in changes.items():
+        setattr(param, name, value)
+    session.set_cross_attention(param)
+    return caches
+
+
+def floats(array: Any) -> Any:
+    return np.ascontiguousarray(array).ctypes.data_as(Floats)
+
+
+@crossing("2.9")
+def values_laid_out_like_keys(session: Session) -> None:
+    keys, _ = models.caches_of(1, 2 * TOKENS, LAYERS, HEADS, DIM)
+    wrong = keys + np.float32(0.5)
+    beside(session, encoder_k_cache=floats(keys), encoder_v_cache=floats(wrong))
+
+
+@crossing("2.9")
+def tokens_before_layers(session: Session) -> None:
+    keys, _ = models.caches_of(1, 2 * TOKENS, LAYERS, HEADS, DIM)
+    beside(session, encoder_k_cache=floats(keys.transpose(1, 0, 2, 3)))
+
+
+@crossing("2.9")
+def more_tokens_than_there_are(session: Session) -> None:
+    beside(session, num_tokens=2 * TOKENS + 1)
+
+
+@crossing("2.9")
+def no_tokens(session: Session) -> None:
+    beside(session, num_tokens=0)
+
+
+@crossing("1.4")
+def caches_nowhere(session: Session) -> None:
+    beside(session, encoder_v_cache=c.cast(16, Floats))
+
+
+@crossing("2.9")
+def a_second_run_without_caches(session: Session) -> None:
+    kept = beside(session)
+    run(session, text(session))
+    run(session, text(session))
+    del kept
+
+
+@crossing("2.9")
+def caches_that_change_before_the_run(session: Session) -> None:
+    kept = beside(session)
+    kept.keys[0] += 1
+    run(session, text(session))
+
+
 def types_offset(value: Any, name: str) -> int:
     return int(getattr(type(value), name).offset)
 
@@ -308,6 +429,18 @@ def main(what: str, library: str, model: str) -> None:
         Session(opened).open(setup)
         return
     session = Session(opened)
+    if what in CROSSING:
+        cross = models.rkllm(
+            Path(model).with_name("cross.rkllm"), embed=EMBED, signed_rows=True, cross=True,
+            layers=LAYERS, kv_heads=HEADS, head_dim=DIM,
+        )  # fmt: skip
+        session.open(replace(setup, model=cross, cross_attention=True))
+        session.raw_template()
+        kept = beside(session)
+        assert run(session, text(session)) == 0, "a right caller must be served"
+        del kept
+        CROSSING[what][1](session)
+        return
     session.open(setup)
     session.raw_template()
     assert run(session, picture(session)) == 0, "a right caller must be served"

@@ -45,6 +45,8 @@ def write(
     outputs: int = 1,
     vision: bool = True,
     count_tokens: bool = True,
+    video: bool = False,
+    cross: tuple[int, int, int] | None = None,
     model: dict[str, Any] | None = None,
     vision_file: dict[str, Any] | None = None,
     **changes: Any,
@@ -52,8 +54,16 @@ def write(
     """Write a folder; ``changes`` are of the manifest (one level deep for ``decoder``).
 
     ``model`` changes the ``.rkllm`` file, ``vision_file`` the ``.rknn``.
+    ``cross`` are layers, heads and dimension of a model with cross attention.
     """
     folder.mkdir(parents=True)
+    embed = EMBED
+    if cross is not None:
+        shape = dict(zip(("layers", "kv_heads", "head_dim"), cross, strict=True))
+        outputs, embed = 2, cross[0] * cross[1] * cross[2]
+        changes["decoder"] = {"cross_attention": shape} | changes.get("decoder", {})
+        model = {"cross": True, "outputs": 1, "merge": 0, **shape, **(model or {})}
+        vision_file = {"cross": cross, **(vision_file or {})}
     files.rkllm(
         folder / "language.rkllm",
         specials={s: IDS[s] for s in SPECIALS},
@@ -69,12 +79,13 @@ def write(
         files.rknn(
             folder / "vision.rknn",
             **{
-                "width": SIDE, "height": SIDE, "tokens": TOKENS, "embed": EMBED,
+                "width": SIDE, "height": SIDE, "tokens": TOKENS, "embed": embed,
                 "outputs": outputs, **(vision_file or {}),
             },
         )  # fmt: skip
     (folder / "rkvlm.json").write_text(json.dumps(manifest(
-        folder, outputs=outputs, vision=vision, count_tokens=count_tokens, **changes
+        folder, outputs=outputs, vision=vision, count_tokens=count_tokens, video=video,
+        embed=embed, **changes,
     )))  # fmt: skip
     return folder
 
@@ -85,6 +96,8 @@ def manifest(
     outputs: int = 1,
     vision: bool = True,
     count_tokens: bool = True,
+    video: bool = False,
+    embed: int = EMBED,
     **changes: Any,
 ) -> dict[str, Any]:
     """Return the manifest of a folder whose files are there."""
@@ -116,12 +129,17 @@ def manifest(
         built["encoders"] = [{
             "engine": "rknn", **entry("vision.rknn"), "width": SIDE, "height": SIDE,
             "resize": {"rule": "pad", "resample": "bilinear", "fill": [128, 128, 128]},
-            "baked": True, "layout": "nhwc", "tokens": TOKENS, "embedding": EMBED,
+            "baked": True, "layout": "nhwc", "tokens": TOKENS, "embedding": embed,
             "outputs": outputs, "lease": "npu",
         }]  # fmt: skip
         built["image"] = {
             "start": "<|vision_start|>", "content": "<|image_pad|>", "end": "<|vision_end|>"
         }  # fmt: skip
         built["capabilities"] = ["image", "multi_image"]
+    if video:
+        built["video"] = {
+            "start": "<|vision_start|>", "content": "<|video_pad|>", "end": "<|vision_end|>"
+        }  # fmt: skip
+        built["capabilities"].append("video")
     built["decoder"] |= changes.pop("decoder", {})
     return built | changes

@@ -39,9 +39,8 @@ class Mind:
         between = asked["start"] + asked["content"] + asked["end"]
         ids = self.words.encode(between.join(asked["texts"]))
         count = asked["pictures"]
-        tokens, spans = prompt.expand(
-            ids, self.words.content, range(count), [asked["tokens"]] * count
-        )
+        places = [(picture, 0, asked["tokens"]) for picture in range(count)]
+        tokens, spans = prompt.expand(ids, self.words.content, places)
         shape = (count, asked["tokens"], asked["columns"])
         rows = np.frombuffer(floats, np.float32).reshape(shape)
         order = child.Generate(
@@ -49,7 +48,7 @@ class Mind:
             tokens=tokens,
             spans=[
                 child.Span(start=start, count=size, key=str(zlib.crc32(rows[i].tobytes())))
-                for start, size, i in spans
+                for start, size, i, _ in spans
             ],
             max_tokens=asked["most"],
         )
@@ -67,7 +66,9 @@ def main(path: str, folder: str) -> None:
         while True:
             peer, _ = server.accept()
             with peer, peer.makefile("rb") as file:
-                asked = json.loads(file.readline())
+                if not (line := file.readline()):
+                    continue  # somebody who looks whether this is ready
+                asked = json.loads(line)
                 size = asked["pictures"] * asked["tokens"] * asked["columns"] * 4
                 pieces = mind.answer(asked, file.read(size))
                 lines = "".join(f"{piece.encode().hex()}\n" for piece in pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,7 +16,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.e2e.daemon import Daemon, png, question, running
+from tests.e2e.daemon import ROOT, Daemon, png, question, running
 from tests.npusim import compiler, folders, models
 from tests.npusim.fixture import PYTHON, Sim
 
@@ -197,6 +198,8 @@ def test_models_are_swapped_under_load(sim: Sim, board: Daemon) -> None:
     jobs = sorted((e["begin"], e["end"]) for e in sim.trace("npu"))
     assert all(a[1] <= b[0] for a, b in pairwise(jobs))
     assert not sim.trace("switch_timeout")
+    # The encoders stay when the decoders change.
+    assert len(sim.trace("encoder_init")) == 2
 
 
 def test_what_has_no_effect_is_named(board: Daemon) -> None:
@@ -221,3 +224,21 @@ def test_status_shows_what_the_libraries_said(board: Daemon) -> None:
     encoder = children["encoder:qwen3vl"]["info"]
     assert encoder["core_mask"] == 7
     assert encoder["outputs"] == 4
+    # What only a board can settle, the README says where to read it.
+    assert decoder["driver"] == "0.9.8"
+    assert decoder["layout"] == "1.3.0"
+    assert decoder["probe"] == {
+        "pictures_told_apart": True, "special_strings": 1, "finish_after_abort": True,
+        "kept_after_run": decoder["probe"]["run_tokens"] + 1,
+        "run_tokens": decoder["probe"]["run_tokens"], "callbacks_elsewhere": False,
+    }  # fmt: skip
+    assert encoder["file_released"] is True
+    assert encoder["libraries"]["librknnrt"]
+    parts = {"decoder": decoder, "encoder": encoder}
+    for part, path in re.findall(
+        r"`(decoder|encoder)\.([\w.]+)`", (ROOT / "README.md").read_text()
+    ):
+        found: Any = parts[part]
+        for key in path.split("."):
+            assert key in found, f"README: {part}.{path}"
+            found = found[key]

@@ -109,7 +109,7 @@ async def with_fault(house: Any, monkeypatch: pytest.MonkeyPatch, fault: str) ->
         await house.residency.load("vlm")
 
 
-LOAD_FAULTS = ["segv@init", "segv@load", "hang@init", "hang@load", "fail@init", "fail@load",
+LOAD_FAULTS = ["segv@init", "ill@init", "bus@init", "segv@load", "hang@init", "hang@load", "fail@init", "fail@load",
                "oom@init", "platform@init"]  # fmt: skip
 
 
@@ -130,6 +130,35 @@ async def test_fault_in_a_load(sim: Sim, monkeypatch: pytest.MonkeyPatch, fault:
         await good(house)
 
 
+MACHINES = [
+    # what is wrong with the machine, what the owner is told
+    ({"DRIVER": "0.9.2"}, "model_failed", "The NPU driver is version 0.9.2"),
+    ({"NPU_MEGABYTES": "3000"}, "insufficient_memory", "not enough memory"),
+    ({"NPU_MEGABYTES": "3000", "OOM": "zero"}, "insufficient_memory", "not enough memory"),
+    ({"NPU_MEGABYTES": "3000", "OOM": "segv"}, "model_failed", "ended while it loaded"),
+    ({"TOOLKIT": "sigbus"}, "model_failed", "ended while it loaded"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("machine", "code", "says"), MACHINES)
+async def test_a_machine_that_does_not_fit(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, machine: dict[str, str], code: str, says: str
+) -> None:
+    vlm(sim, model={"megabytes": 4000})
+    for name, value in machine.items():
+        monkeypatch.setenv(f"NPUSIM_{name}", value)
+    async with open_house(sim, engine=SHORT) as house:
+        with trio.fail_after(60), pytest.raises(RkvlmdError) as caught:
+            await house.residency.load("vlm")
+        assert caught.value.code == code
+        assert says in house.residency.model("vlm").detail
+        for name in machine:
+            monkeypatch.delenv(f"NPUSIM_{name}")
+        with trio.fail_after(60):
+            await house.residency.load("vlm")
+        await good(house)
+
+
 MODELS: list[tuple[dict[str, Any], str]] = [
     ({"model": {"platform": "RK3576"}}, "another SoC"),
     ({"vision_file": {"platform": "rk3576"}}, "is converted for rk3576, but this is rk3588"),
@@ -137,6 +166,9 @@ MODELS: list[tuple[dict[str, Any], str]] = [
     ({"model": {"limit": 512}}, "for at most 512"),
     ({"vision_file": {"tokens": 9}}, "encoders[0].tokens"),
     ({"decoder": {"npu_cores": 2}}, "decoder.npu_cores"),
+    ({"model": {"header": b"RKLM" + bytes(252)}}, "made before version 1.1"),
+    ({"model": {"cut": 6}}, "language.rkllm is cut short"),
+    ({"vision_file": {"cut": 20}}, "vision.rknn is cut short"),
 ]
 
 

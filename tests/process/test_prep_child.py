@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rkvlmd.engine import memfd, pictures
-from rkvlmd.models.manifest import Encoder, Resize
+from rkvlmd.engine import memfd, pictures, resample
+from rkvlmd.models.manifest import Decoder, Encoder, File, Manifest, Patches, Resize, Tags
 from rkvlmd.wire import child
 from tests.fakes.engine_child import Process, started
 from tests.fakes.scripted import make_model
@@ -26,6 +26,13 @@ pytestmark = pytest.mark.process
 ENCODER = Encoder(
     engine="onnx", file="v.onnx", sha256="0" * 64, tokens=64, embedding=8, width=96, height=64,
     mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize=Resize(rule="pad"),
+)  # fmt: skip
+ANYTHING = File(file="anything", sha256="0" * 64)
+MANIFEST = Manifest(
+    schema=1, name="m", family="smolvlm", encoders=(ENCODER,),
+    image=Tags(start="<", content="i", end=">"),
+    decoder=Decoder(engine="onnx", files={"embed": ANYTHING, "decoder": ANYTHING}, context=512,
+                    embedding=8),
 )  # fmt: skip
 MEMORY = 1 << 30
 
@@ -45,7 +52,7 @@ def png(size: tuple[int, int] = (120, 90)) -> bytes:
 
 def order(number: int = 1, **more: Any) -> child.Picture:
     values: dict[str, Any] = {
-        "encoding": "raw", "encoder": msgspec.to_builtins(ENCODER), "max_bytes": 20 << 20,
+        "encoding": "raw", "manifest": msgspec.to_builtins(MANIFEST), "max_bytes": 20 << 20,
         "max_pixels": 50_000_000, "min_side": 2, "max_aspect": 200,
     } | more  # fmt: skip
     return child.Picture(id=number, **values)
@@ -60,11 +67,45 @@ def test_a_picture(prep: Process, encoding: Any, exact: bool) -> None:
     done, fds = prep.until(child.PictureDone)
     assert done == child.PictureDone(
         id=3, sha256=hashlib.sha256(data).hexdigest(), width=120, height=90, format="png",
-        tensors=[child.Tensor(shape=(1, 3, 64, 96), dtype="float32")], tokens=64, fds=1,
+        views=[child.View(encoder=0, tokens=64,
+                          tensor=child.Tensor(shape=(1, 3, 64, 96), dtype="float32"))],
+        layout=["<", 0, ">"], fds=1,
     )  # fmt: skip
     limits = pictures.Limits(1 << 20, 1 << 20, 1, 1000)
     wanted = pictures.prepare(data, ENCODER, limits, exact=exact).tensor
-    assert np.array_equal(prep.array(fds[0], done.tensors[0]), wanted)
+    assert np.array_equal(prep.array(fds[0], done.views[0].tensor), wanted)
+
+
+def test_a_picture_of_several_views(prep: Process) -> None:
+    tiles = msgspec.structs.replace(
+        ENCODER, width=32, height=32, resize=Resize(rule="tiles", max_tiles=4, thumbnail=True)
+    )
+    model = msgspec.structs.replace(MANIFEST, family="internvl", encoders=(tiles,))
+    data = png((128, 64))
+    built = msgspec.to_builtins(model)
+    prep.send(order(4, manifest=built, exact=True), [memfd.create(data)])
+    done, fds = prep.until(child.PictureDone)
+    assert (len(done.views), done.layout) == (3, ["<", 0, 1, 2, ">"])
+    halves = [prep.array(fd, view.tensor) for fd, view in zip(fds, done.views, strict=True)]
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    wide = np.asarray(image.resize((64, 32), Image.Resampling.BICUBIC))
+    for half, pixels in zip(halves, (wide[:, :32], wide[:, 32:]), strict=False):
+        assert np.array_equal(half, resample.to_tensor(pixels, tiles))
+    prep.send(order(5, manifest=built, detail="low"), [memfd.create(data)])
+    done, fds = prep.until(child.PictureDone)
+    assert (len(done.views), len(fds), done.layout) == (1, 1, ["<", 0, ">"])
+
+
+def test_a_picture_in_patches(prep: Process) -> None:
+    resize = Resize(rule="aspect", multiple=28, min_pixels=3136, max_pixels=50176)
+    large = msgspec.structs.replace(
+        ENCODER, resize=resize, patches=Patches(size=14, temporal=2, merge=2)
+    )
+    model = msgspec.structs.replace(MANIFEST, family="qwen2_vl", encoders=(large,))
+    prep.send(order(6, manifest=msgspec.to_builtins(model)), [memfd.create(png((120, 90)))])
+    (view,) = prep.until(child.PictureDone)[0].views
+    assert (view.patches, view.grid, view.tokens) == ((1, 6, 8), (1, 3, 4), 12)
+    assert view.tensor == child.Tensor(shape=(48, 3 * 2 * 14 * 14), dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -123,20 +164,21 @@ def test_a_prompt(prep: Process, tmp_path: Path) -> None:
     folder = make_model(tmp_path)
     manifest = msgspec.json.decode((folder / "rkvlm.json").read_bytes())
     turns = [{"role": "user", "parts": [{"picture": 0}, {"text": "<image> hi"}]}]
+    laid = [child.Laid(layout=["", 0, ""], tokens=[3])]
     for number in (1, 2):
         prep.send(
             child.Render(
-                id=number, folder=str(folder), manifest=manifest, turns=turns, pictures=[3]
+                id=number, folder=str(folder), manifest=manifest, turns=turns, pictures=laid
             )
         )
         done, _ = prep.until(child.RenderDone)
         assert done.id == number
-        ((start, count, index),) = done.spans
+        ((start, count, index, _),) = done.spans
         assert (count, index) == (3, 0)
         image = done.tokens[start]
         assert [i for i, t in enumerate(done.tokens) if t == image] == [*range(start, start + 3)]
     (folder / "chat_template.jinja").unlink()
-    prep.send(child.Render(id=3, folder=str(folder), manifest=manifest, turns=turns, pictures=[3]))
+    prep.send(child.Render(id=3, folder=str(folder), manifest=manifest, turns=turns, pictures=laid))
     failed, _ = prep.until(child.Failed)
     assert failed.code == "invalid_model"
     assert str(tmp_path) not in failed.message

@@ -17,7 +17,7 @@ from rkvlmd.board.soc import SOCS
 from tests.fakes.boards.maker import rknn as rknn_file
 
 ROOM = Memory(total=8 << 30, available=6 << 30, cma=None, cma_free=None, limit=None)
-RK3588 = fits.Machine(SOCS["rk3588s"], ROOM, rkllm="1.3.0", rknn="2.3.2", cpus=8)
+RK3588 = fits.Machine(SOCS["rk3588s"], ROOM, rkllm=("1.3.0",), rknn="2.3.2", cpus=8)
 
 
 def trailer(tmp_path: Path, content: bytes) -> rknn.Trailer:
@@ -138,8 +138,9 @@ def test_rk3566_and_rk3568_are_one_npu(tmp_path: Path) -> None:
         ({"npu_cores": 4}, {"cores": "stop"}),
         ({"iommu_domain": 0}, {"domain": "note"}),
         ({"iommu_domain": 1}, {"ok": "ok"}),
-        ({"runtime_versions": ("1.2.3", "1.2")}, {"runtime": "warn"}),
+        ({"runtime_versions": ("1.2.3", "1.2")}, {"runtime": "stop"}),
         ({"runtime_versions": ("1.3",)}, {"ok": "ok"}),
+        ({"runtime_versions": ("1.2", "1.3")}, {"ok": "ok"}),
         ({"runtime_versions": ("1.3.0",)}, {"ok": "ok"}),
         ({"cpu_mask": 0xF0}, {"ok": "ok"}),
         ({"cpu_mask": 0xF00}, {"cpus": "warn"}),

@@ -112,7 +112,32 @@ def test_the_setting_alone_counts(board: Board, tmp_path: Path) -> None:
     assert (used.status, used.facts["path"]) == ("ok", "/data/rk.so")
     (used,) = lines_of(board, tmp_path / "b", setting="/data/none.so")
     assert (used.status, used.facts["path"]) == ("stop", None)
-    assert used.says == "npu.library: there is no file /data/none.so"
+    assert used.says.startswith("npu.library: there is no file /data/none.so, and no folder")
+
+
+def test_a_folder_of_several_versions(board: Board, tmp_path: Path) -> None:
+    board.files |= {
+        "/usr/lib/librkllmrt.so": rkllm("1.2.1"),
+        "/data/rk/librkllmrt-1.2.3.so": rkllm("1.2.3"),
+        "/data/rk/librkllmrt-1.3.0.so": rkllm("1.3.0"),
+        "/data/rk/other.so": rkllm("1.3.1"),
+    }
+    new, old, elsewhere = lines_of(board, tmp_path / "a", setting="/data/rk/")
+    assert [(line.id, line.status) for line in (new, old)] == [("librkllmrt", "ok")] * 2
+    assert (new.says, old.says) == (
+        "1.3.0 in /data/rk/librkllmrt-1.3.0.so",
+        "1.2.3 in /data/rk/librkllmrt-1.2.3.so",
+    )
+    assert (elsewhere.id, elsewhere.status) == ("librkllmrt.copies", "warn")
+    root, here = open_root(board.write(tmp_path / "b"))
+    found = libraries.copies(root, RKLLM, here, "/data/rk")
+    assert libraries.offered(found) == ("1.3.0", "1.2.3")
+    # One that cannot be opened stops the engine at it.
+    board.files["/data/rk/librkllmrt-1.3.1.so"] = rkllm("1.3.1", ARM)
+    lines = lines_of(board, tmp_path / "c", setting="/data/rk")
+    assert [line.status for line in lines] == ["stop", "ok", "ok", "warn"]
+    (line, *_) = lines_of(board, tmp_path / "d", setting="/data")
+    assert (line.status, line.facts["path"]) == ("stop", None)
 
 
 @pytest.mark.parametrize(

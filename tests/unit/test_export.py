@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from hypothesis import strategies as st
 from rkvlmd.engine import onnx_cache, onnx_common
 from rkvlmd.models import manifest as manifests
 from tests.fakes import tiny_model
-from tools.exporter import cli, quantize
+from tools.exporter import cli, parts, quantize, text
 from tools.exporter.graph import Graph
+from tools.exporter.weights import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,7 +110,7 @@ def break_weights(folder: Path) -> None:
     [
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda f: edit(f / "config.json", model_type="llava"), "model_type 'llava'"),
+        (lambda f: edit(f / "config.json", model_type="bert"), "model_type 'bert'"),
         (lambda f: edit(f / "config.json", scale_factor=3), "scale_factor"),
         (lambda f: edit(f / "config.json", image_token_id=9), "<image> is 2, not 9"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
@@ -194,3 +196,89 @@ def test_rounded_decoders_give_nearly_the_same_logits(
         return graph.step(rows, ort.RunOptions(), logits=True)
 
     assert np.corrcoef(logits("none"), logits(precision))[0, 1] > 0.99
+
+
+TEXT = {
+    "model_type": "qwen2_vl",
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 320,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "relu"}, "hidden_act: relu"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, "with the sum 8"),
+        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "yarn"}}, "only linear"),
+    ],
+)
+def test_a_decoder_that_no_graph_can_be_made_of_is_told(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        text.sizes(TEXT | change)
+
+
+def test_a_size_that_is_missing_is_named() -> None:
+    left = {key: value for key, value in TEXT.items() if key not in {"hidden_size", "vocab_size"}}
+    with pytest.raises(CheckpointError, match="hidden_size, vocab_size is missing"):
+        text.sizes(left)
+
+
+def test_older_and_newer_folders_say_the_same() -> None:
+    new = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    older = text.sizes(TEXT | {"rope_theta": 1e6})
+    newer = {k: v for k, v in TEXT.items() if k != "rope_scaling"} | {"rope_parameters": new}
+    assert older == text.sizes(newer)
+    assert (older.sections, older.theta, older.bias) == ((2, 3, 3), 1e6, True)
+    flat = {"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}}  # fmt: skip
+    tree = {"model_type": "gemma3_text", "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }}  # fmt: skip
+    assert text.sizes(flat) == text.sizes(tree)
+    assert text.sizes(flat).windows[:6] == (4096,) * 5 + (0,)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", text.DEFAULTS)
+def test_what_folders_leave_out_is_what_transformers_puts_there(kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(kind)
+    for key, value in text.DEFAULTS[kind].items():
+        assert getattr(config, key) == value, key
+
+
+def test_the_context_can_be_limited(checkpoint: Path, tmp_path: Path) -> None:
+    argv = [str(checkpoint), str(tmp_path / "out"), "--context", "100", "--name", "x"]
+    assert cli.main(argv) == 0
+    made = manifests.parse((tmp_path / "out" / manifests.FILE).read_bytes())
+    assert made.decoder.context == 100
+
+
+def test_pairs_of_rotary_dimensions_belong_to_their_axis() -> None:
+    assert parts.axis_of_pairs((2, 3, 3), interleaved=False) == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert parts.axis_of_pairs((4, 2, 2), interleaved=True) == [0, 1, 2, 0, 1, 2, 0, 0]
+
+
+def test_without_a_name_the_model_lies_beside_the_checkpoint(checkpoint: Path) -> None:
+    assert cli.main([str(checkpoint)]) == 0
+    made = manifests.parse((checkpoint.parent / "hf-onnx" / manifests.FILE).read_bytes())
+    assert made.name == "hf-onnx"
+
+
+def test_a_size_is_only_for_encoders_of_any_size(checkpoint: Path, capsys: Any) -> None:
+    assert cli.main([str(checkpoint), "--size", "64x64"]) == 1
+    assert "--size" in capsys.readouterr().err

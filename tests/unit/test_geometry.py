@@ -33,8 +33,8 @@ def picture(width: int, height: int) -> Image.Image:
 
 @given(SIDES, SIDES, TARGETS, TARGETS)
 def test_stretch_fills_the_input(width: int, height: int, w: int, h: int) -> None:
-    assert geometry.content(width, height, encoder(w, h)) == (0, 0, w, h)
-    assert geometry.canvas(width, height, encoder(w, h)) == (0, 0, width, height)
+    cut = geometry.single(width, height, encoder(w, h))
+    assert cut == geometry.Cut(((w, h),), geometry.Place(0, 0, w, h))
 
 
 @given(SIDES, SIDES, TARGETS, TARGETS)
@@ -49,7 +49,7 @@ def test_pad_keeps_the_aspect_ratio_and_centres(width: int, height: int, w: int,
     assert abs(place.height - max(1.0, height * scale)) <= 0.5 + 1e-6
     assert abs((w - place.width) - 2 * place.left) <= 1
     assert abs((h - place.height) - 2 * place.top) <= 1
-    sheet = geometry.canvas(width, height, to)
+    sheet = geometry.canvas(width, height, (w, h))
     assert sheet.width == width or sheet.height == height
     assert sheet.width >= width
     assert sheet.height >= height
@@ -59,7 +59,7 @@ def test_pad_to_a_square() -> None:
     to = encoder(448, 448, resize=Resize(rule="pad"))
     assert geometry.content(640, 480, to) == (0, 56, 448, 336)
     assert geometry.content(480, 640, to) == (56, 0, 336, 448)
-    assert geometry.canvas(640, 480, to) == (0, 80, 640, 640)
+    assert geometry.canvas(640, 480, (448, 448)) == (0, 80, 640, 640)
     assert geometry.content(30_000, 2, to).height == 1
 
 

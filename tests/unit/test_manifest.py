@@ -279,3 +279,61 @@ def test_file_problems(tmp_path: Path) -> None:
         "decoder.files.embed.file: embed.onnx is missing",
         "template.file: template.jinja is missing",
     ]
+
+
+# --- how pictures are cut -----------------------------------------------------------------
+
+PATCHES = {"size": 14, "temporal": 2, "merge": 2}
+ASPECT = {"rule": "aspect", "multiple": 28, "min_pixels": 3136, "max_pixels": 200704}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "expected"),
+    [
+        ({"resize": ASPECT, "tokens": 256, "patches": PATCHES}, None),
+        ({"resize": ASPECT, "tokens": 255, "patches": PATCHES}, "tokens: must be at least 256"),
+        ({"resize": {**ASPECT, "multiple": 30}, "tokens": 256, "patches": PATCHES},
+         "patches: the sides must be multiples of 28 pixels"),
+        ({"resize": {"rule": "aspect"}}, "aspect needs all three"),
+        ({"resize": {**ASPECT, "min_pixels": 300_000}}, "aspect needs all three"),
+        ({"resize": {"multiple": 14}}, "resize.multiple: means nothing to stretch"),
+        ({"resize": {"rule": "tiles", "min_tiles": 3, "max_tiles": 2}}, "must be in order"),
+        ({"resize": {"rule": "tiles", "max_tiles": 65}}, "at most 64"),
+        ({"resize": {"rule": "split", "longest": 64}}, None),
+        ({"resize": {"rule": "split"}}, "resize.longest: must make 1 to 64"),
+        ({"resize": {"rule": "split", "longest": 10**6}}, "resize.longest: must make 1 to 64"),
+        ({"resize": {"rule": "split", "longest": 640}, "height": 9}, "squares"),
+        ({"resize": {"rule": "crop", "short": 1}}, "resize.short: must be at least"),
+        ({"resize": {"rule": "base_tiles"}}, "base_tiles needs an encoder with tile = true"),
+        ({"tile": True}, "one at least must take whole pictures"),
+        ({"tile": True, "resize": {"rule": "tiles"}}, "tile: such an encoder cuts nothing"),
+        ({"patches": PATCHES, "width": 30, "height": 28, "tokens": 1}, "multiples of 28"),
+        ({"patches": PATCHES, "width": 56, "height": 56, "tokens": 4, "baked": True},
+         "patches: are floats"),
+        ({"resize": {"rule": "slices", "multiple": 14}, "engine": "rknn", "baked": True,
+          "layout": "nhwc"}, "an rknn encoder has one size"),
+    ],
+)  # fmt: skip
+def test_rules_and_their_numbers(encoder: dict[str, Any], expected: str | None) -> None:
+    built = tree()
+    built["encoders"][0] |= {"width": 16, "height": 16, **encoder}
+    if expected is None:
+        assert parse(built).encoders[0].tokens
+    else:
+        assert any(expected in problem for problem in problems(built)), problems(built)
+
+
+def test_what_the_library_cannot_lay_out() -> None:
+    built = rkllm()
+    tags, (encoder,) = built["image"], built["encoders"]
+    encoder["resize"] = {"rule": "tiles", "max_tiles": 4}
+    tags |= {"start": "<s>", "end": "</s>"}
+    assert any("must be empty for tiles with rkllm" in problem for problem in problems(built))
+    built["image"] = {"content": tags["content"]}
+    assert parse(built).encoders[0].resize.max_tiles == 4
+    encoder["resize"]["rule"] = "base_tiles"
+    tile = {**encoder, "tile": True, "tokens": encoder["tokens"] + 1, "resize": {}}
+    built["encoders"] = [encoder, tile]
+    assert any("as many tokens of a tile" in problem for problem in problems(built))
+    tile["tokens"] = encoder["tokens"]
+    assert len(parse(built).encoders) == 2

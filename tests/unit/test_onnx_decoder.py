@@ -15,7 +15,7 @@ from rkvlmd.engine import onnx_cache, onnx_decoder
 from rkvlmd.engine.onnx_decoder import OnnxDecoder
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
-from rkvlmd.wire import child
+from rkvlmd.wire import child, prefix
 from tests.fakes import tiny_model
 
 CONTEXT = 300
@@ -36,7 +36,7 @@ class Answer:
         self.cached = next((m.cached for m in self.said if isinstance(m, child.Prefilled)), -1)
 
 
-def load(folder: Path, **changes: Any) -> OnnxDecoder:
+def load(folder: Path, *, keep: int = 0, **changes: Any) -> OnnxDecoder:
     made = manifests.parse((folder / manifests.FILE).read_bytes())
     tree = manifests.to_builtins(made)
     for key, value in changes.items():
@@ -45,9 +45,8 @@ def load(folder: Path, **changes: Any) -> OnnxDecoder:
         else:
             tree[key] = value
     decoder = OnnxDecoder()
-    decoder.load(
-        child.Load(folder=str(folder), manifest=tree, options={"threads": 1}), lambda *_: None
-    )
+    options = {"threads": 1, "conversations_bytes": keep}
+    decoder.load(child.Load(folder=str(folder), manifest=tree, options=options), lambda *_: None)
     return decoder
 
 
@@ -247,11 +246,11 @@ class AbortingGraph:
     def truncate(self, length: int) -> None:
         self.inner.truncate(length)
 
-    def step(self, embeds: np.ndarray, run: ort.RunOptions, *, logits: bool) -> np.ndarray:
+    def step(self, embeds: np.ndarray, run: ort.RunOptions, **rest: Any) -> np.ndarray:
         self.left -= 1
         if self.left == 0:
             self.decoder.abort()
-        return self.inner.step(embeds, run, logits=logits)
+        return self.inner.step(embeds, run, **rest)
 
 
 def test_an_abort_inside_a_prefill_ends_it_and_the_cache_stays_true(
@@ -284,8 +283,8 @@ def test_a_failing_run_is_an_engine_error_without_the_librarys_words(
     decoder: OnnxDecoder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Broken(AbortingGraph):
-        def step(self, embeds: np.ndarray, run: ort.RunOptions, *, logits: bool) -> np.ndarray:
-            return self.inner.step(embeds[..., :-1], run, logits=logits)
+        def step(self, embeds: np.ndarray, run: ort.RunOptions, **rest: Any) -> np.ndarray:
+            return self.inner.step(embeds[..., :-1], run, **rest)
 
     graph, decoder._graph = decoder._graph, Broken(decoder, 0)
     with pytest.raises(RkvlmdError) as caught:
@@ -365,3 +364,83 @@ def test_ready_says_what_was_loaded(folder: Path) -> None:
     assert info["kv_bytes_per_token"] == 2 * 3 * 2 * 16 * 4
     assert (info["context"], info["embedding"], info["vocabulary"]) == (CONTEXT, 64, 320)
     assert [f for f, _ in told] == sorted(f for f, _ in told)
+
+
+# --- several conversations -------------------------------------------------------------------
+
+
+def test_conversations_that_take_turns_are_not_computed_again(folder: Path) -> None:
+    """Sixteen of them, with a beginning in common and a picture each: as if each was alone."""
+    decoder, plain = load(folder, keep=64 << 20, stop_ids=[]), load(folder, stop_ids=[])
+    common = [0, 40, 41, 42]
+    chats = {n: [*common, 2, 2, 2, 2, 60 + n] for n in range(16)}
+    for turn in range(3):
+        for n, tokens in chats.items():
+            rows, spans = [picture(n)], [(4, 4, f"picture {n}")]
+            before = len(decoder._record)
+            answer = ask(decoder, tokens, rows, spans)
+            plain._kept.clear()
+            assert answer.text == ask(plain, tokens, rows, spans).text
+            expected = len(tokens) - 4 if turn else len(common) * (n > 0)
+            assert answer.cached == expected, (turn, n, before)
+            said = [p for p in decoder._record[len(tokens) :] if isinstance(p, int)]
+            # The new turn: the last token of the answer, which nothing was computed after, and 3.
+            chats[n] = [*tokens, *said, 70, 71, 72, 73]
+            assert answer.done.held == list(
+                prefix.of_tokens(
+                    [*tokens, *said], [child.Span(start=4, count=4, key=f"picture {n}")]
+                )
+            )
+    assert len(decoder._kept) == 16
+
+
+def test_the_budget_of_the_caches_holds(folder: Path) -> None:
+    decoder = load(folder, stop_ids=[])
+    size = decoder._shape.bytes_per_token
+    decoder = load(folder, keep=100 * size, stop_ids=[])
+    alive: set[int] = set()
+    for n in range(12):
+        done = ask(decoder, [60 + n, *range(30)], max_tokens=10).done
+        alive = (alive | {done.conversation}) - set(done.forgot)
+        assert decoder._kept.kept_bytes <= 100 * size
+        assert len(alive) == len(decoder._kept)
+    assert 2 < len(decoder._kept) < 6
+    # The last ones are there, the first one is not.
+    assert ask(decoder, [71, *range(30)]).cached == 30
+    assert ask(decoder, [70, *range(30)]).cached == 30
+    assert ask(decoder, [60, *range(30)]).cached == 0
+
+
+def test_an_error_costs_the_conversation_in_hand_alone(folder: Path) -> None:
+    decoder = load(folder, keep=64 << 20, stop_ids=[])
+    ask(decoder, PROMPT)
+    ask(decoder, [90, *PROMPT], max_tokens=2)
+
+    def deaf(_: Any) -> None:
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        ask(decoder, [90, *PROMPT], hear=deaf)
+    assert ask(decoder, [90, *PROMPT]).cached == 0
+    assert ask(decoder, PROMPT).cached == len(PROMPT) - 1
+
+
+def test_a_conversation_takes_the_memory_of_its_places_and_gives_it_back(
+    folders: dict[str, Path],
+) -> None:
+    """Buffers for a whole context each, of which a page a head is touched."""
+    decoder = load(folders["gqa"], keep=1 << 30, stop_ids=[])
+    shape = decoder._shape
+    graph = onnx_cache.SharedGraph(decoder._graph._session, shape, 200_000)  # type: ignore[attr-defined]
+    embeds, _ = decoder._embed_tokens([1])
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    graph.step(embeds, ort.RunOptions(), logits=True)
+    before = resident()
+    kept = [graph.fork(1) for _ in range(20)]
+    whole = 200_000 * shape.bytes_per_token
+    assert resident() - before < whole
+    kept[0].step(embeds, ort.RunOptions(), logits=True)
+    kept.clear()

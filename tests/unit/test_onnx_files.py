@@ -268,7 +268,9 @@ def test_decoders_with_and_without_the_usual_inputs(
     ("others", "says"),
     [
         ({"encoder_hidden_states": (TensorProto.FLOAT, ["b"])}, "unknown inputs encoder_hidden"),
-        ({"position_ids": (TensorProto.INT64, [3, "b", "s"])}, "position_ids must have two"),
+        ({"position_ids": (TensorProto.INT64, [3, "b", "s"])}, "decoder.rope: is plain"),
+        ({"per_layer_inputs": (TensorProto.FLOAT, ["b"])}, "decoder.files.embed does not give"),
+        ({"deepstack_features.0": (TensorProto.FLOAT, ["b"])}, "decoder.deepstack.* 0, .* is 1"),
     ],
 )
 def test_decoders_of_unknown_layouts_are_refused(
@@ -277,3 +279,70 @@ def test_decoders_of_unknown_layouts_are_refused(
     bag_decoder(folder / "decoder_model_merged.onnx", TensorProto.FLOAT, others)
     with pytest.raises(RkvlmdError, match=says):
         load(OnnxDecoder(), folder, tree_of(folder))
+
+
+def patch_encoder(path: Path, grid: str = "image_grid_thw", values: int = 3 * 2 * 4 * 4) -> None:
+    """Write an encoder whose row is the first value of four patches, 64 times, plus its grid's sum."""
+    inputs = [
+        helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["n", values]),
+        helper.make_tensor_value_info(grid, TensorProto.INT64, [1, 3]),
+    ]
+    nodes = [
+        helper.make_node("Reshape", ["pixel_values", "four"], ["rows"]),
+        helper.make_node("Slice", ["rows", "zero", "width", "one"], ["cut"]),
+        helper.make_node("ReduceSum", [grid], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["sum"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["cut", "float"], ["features"]),
+    ]
+    outputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["m", 64])]
+    given = {"four": [-1, 4 * values], "zero": [0], "width": [64], "one": [1]}
+    ints = [onnx.numpy_helper.from_array(np.array(v), n) for n, v in given.items()]
+    save(path, nodes, inputs, outputs, ints)
+
+
+def patched(folder: Path, **patches: int) -> dict[str, Any]:
+    tree = tree_of(folder)
+    tree["encoders"][0]["patches"] = {"size": 4, "temporal": 2, "merge": 2} | patches
+    return tree
+
+
+@pytest.mark.parametrize("name", ["image_grid_thw", "grid_thw"])
+def test_flattened_patches_come_with_their_grid(folder: Path, name: str) -> None:
+    patch_encoder(folder / "vision_encoder.onnx", name)
+    encoder = load(OnnxEncoder(), folder, patched(folder))
+    pixels = np.arange(24 * 96, dtype=np.float32).reshape(24, 96)
+    rows = encoder.encode(pixels, (1, 4, 6))
+    assert rows.shape == (6, 64)
+    assert rows[:, 0].tolist() == [i * 4 * 96 + 11 for i in range(6)]
+    for grid, wrong in (
+        (None, pixels),
+        ((1, 4, 5), pixels),
+        ((1, 3, 8), pixels),
+        ((1, 4, 6), pixels[:, :9]),
+    ):
+        with pytest.raises(RkvlmdError, match="grid") as caught:
+            encoder.encode(wrong, grid)
+        assert caught.value.code == "engine_error"
+
+
+def test_a_file_of_other_patches_is_named_with_both_sizes(folder: Path) -> None:
+    patch_encoder(folder / "vision_encoder.onnx")
+    with pytest.raises(RkvlmdError, match=r"encoders\[0\].patches.* 216.* 96"):
+        load(OnnxEncoder(), folder, patched(folder, size=6))
+    with pytest.raises(RkvlmdError, match="no input of four or five"):
+        load(OnnxEncoder(), folder, tree_of(folder))
+
+
+def test_files_beside_the_model_are_part_of_it(folder: Path) -> None:
+    tree = tree_of(folder)
+    data = {"file": "vision_encoder.onnx_data", "sha256": "0" * 64}
+    tree["encoders"][0].update(data=[data], projector=data | {"file": "projector.onnx"})
+    found = manifests.file_problems(manifests.from_builtins(tree), folder)
+    assert found == [
+        "encoders[0].projector.file: projector.onnx is missing",
+        "encoders[0].data[0].file: vision_encoder.onnx_data is missing",
+    ]
+    with pytest.raises(
+        RkvlmdError, match=r"encoders\[0\].projector.file: projector.onnx is missing"
+    ):
+        load(OnnxEncoder(), folder, tree)

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.messages import ChatRequest, PicturePart, PictureSource, TextPart
+from rkvlmd.messages import (
+    ChatRequest,
+    PicturePart,
+    PictureSource,
+    TextPart,
+    VideoPart,
+    VideoSource,
+)
 from rkvlmd.settings import Settings
 from rkvlmd.wire.openai import parse_chat
 
@@ -58,8 +65,32 @@ def refused(code: str, param: str | None, call: Any, *args: Any, **kwargs: Any) 
 def test_pictures_are_found(part: Any) -> None:
     request = message([{"type": "input_text", "text": "a"}, part, {"type": "text", "text": "b"}])
     field = "messages[0].content[1].image_url"
-    assert request.pictures == (PictureSource("base64", PNG, field),)
+    (found,) = request.pictures
+    assert replace(found, detail="auto") == PictureSource("base64", PNG, field)
     assert request.turns[0].parts == (TextPart("a"), PicturePart(0), TextPart("b"))
+
+
+@pytest.mark.parametrize(
+    ("part", "detail"),
+    [
+        ({"image_url": URI}, "auto"),
+        ({"image_url": {"url": URI, "detail": "low"}}, "low"),
+        ({"image_url": {"url": URI, "detail": "high"}}, "high"),
+        ({"image_url": {"url": URI, "detail": None}, "detail": "auto"}, "auto"),
+        ({"image_url": URI, "detail": "original"}, "high"),
+        ({"image_url": {"url": URI, "detail": "low"}, "detail": "high"}, "low"),
+    ],
+)
+def test_a_picture_has_the_detail_that_is_asked_for(part: Any, detail: str) -> None:
+    (found,) = message([{"type": "image_url", **part}]).pictures
+    assert found.detail == detail
+
+
+@pytest.mark.parametrize("detail", ["medium", "", "LOW"])
+def test_a_detail_that_nobody_knows_is_refused(detail: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": URI, "detail": detail}}
+    said = refused("invalid_request", "messages[0].content[0].detail", message, [part])
+    assert "auto, low and high" in said
 
 
 def test_each_picture_keeps_its_place_and_its_turn() -> None:
@@ -167,3 +198,69 @@ def test_empty_and_too_many_pictures() -> None:
     assert "media.max_images" in text
     parts = [{"type": "image_url", "image_url": URI}] * 17
     refused("too_many_images", "messages[0].content[16].image_url", message, parts)
+
+
+# --- videos --------------------------------------------------------------------------
+
+FILM = "AAAAIGZ0eXBpc29t"
+
+
+def film(url: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": url, **more}
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "data", "detail"),
+    [
+        (film({"url": f"data:video/mp4;base64,{FILM}"}), "base64", FILM, "low"),
+        (film(f" data:;base64,{FILM}"), "base64", FILM, "low"),
+        (film({"url": f"data:video/mp4;base64,{FILM}", "detail": "high"}), "base64", FILM, "high"),
+        (film({"url": f"data:video/mp4;base64,{FILM}"}, detail="auto"), "base64", FILM, "auto"),
+        (film({"url": "DATA:Video/JPEG ;base64,aaa,bbb"}), "frames", "aaa,bbb", "low"),
+        ({**film({"url": "data:image/gif;base64,aaaa"}), "type": "input_video"},
+         "base64", "aaaa", "low"),
+    ],
+)  # fmt: skip
+def test_videos_are_found(part: Any, kind: Any, data: str, detail: Any) -> None:
+    request = message([{"type": "text", "text": "a"}, part])
+    field = "messages[0].content[1].video_url"
+    assert request.videos == (VideoSource(kind, data, field, detail),)
+    assert request.pictures == ()
+    assert request.turns[0].parts == (TextPart("a"), VideoPart(0))
+
+
+def test_a_video_is_fetched_only_where_that_is_allowed() -> None:
+    url = "https://example.com/a.mp4"
+    field = "messages[0].content[0].video_url"
+    said = refused("invalid_image_url", field, message, [film({"url": url})])
+    assert "media.remote" in said
+    assert "videos" in said
+    request = message([film({"url": url})], REMOTE)
+    assert request.videos == (VideoSource("url", url, field, "low"),)
+    refused("invalid_image_url", field, message, [film("https://a.b/" + "a" * 9000)], REMOTE)
+
+
+@pytest.mark.parametrize(
+    "url", ["/etc/passwd", "file:///a.mp4", "a.mp4", "", "ftp://a/b", FILM * 20, "rtsp://a/b"]
+)
+def test_other_videos_are_never_read(url: str) -> None:
+    field = "messages[0].content[0].video_url"
+    refused("invalid_image_url", field, message, [film({"url": url})], REMOTE)
+
+
+@pytest.mark.parametrize("value", [None, 7, {}, {"url": 7}, ["data:;base64,aaaa"]])
+def test_a_video_without_a_url(value: Any) -> None:
+    refused("invalid_request", "messages[0].content[0].video_url", message, [film(value)])
+
+
+def test_the_number_of_videos_and_of_their_frames_has_a_bound() -> None:
+    part = film({"url": f"data:video/mp4;base64,{FILM}"})
+    most = SETTINGS.media.max_videos
+    assert len(message([part] * most).videos) == most
+    field = f"messages[0].content[{most}].video_url"
+    assert "media.max_videos" in refused("invalid_request", field, message, [part] * (most + 1))
+    frames = film({"url": "data:video/jpeg;base64," + ",".join(["aaaa"] * 1025)})
+    said = refused("invalid_request", "messages[0].content[0].video_url", message, [frames])
+    assert "holds 1025 frames; at most 1024" in said
+    empty = film({"url": "data:video/mp4;base64,"})
+    refused("empty_image_file", "messages[0].content[0].video_url", message, [empty])

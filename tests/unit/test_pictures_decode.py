@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rkvlmd.engine import picture_speed, pictures
+from rkvlmd.engine import picture_speed, pictures, resample
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.models import geometry, views
 from rkvlmd.models.manifest import Encoder, Resize
 
 LIMITS = pictures.Limits(max_bytes=1 << 20, max_pixels=1_000_000, min_side=2, max_aspect=200)
+LARGE = pictures.Limits(1 << 30, 1 << 30, 1, 1000)
 RED, GREEN, BLUE, WHITE, BLACK = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0),
 )  # fmt: skip
@@ -262,6 +264,42 @@ def test_the_fast_path_is_close_to_the_exact_one(rule: Any) -> None:
     assert found["error_max"] < 24
 
 
+#: Mean and largest difference that the fast path may make, levels of 255: JPEG drafts and whole
+#: factors blur a little less than the full kernel does. Without antialiasing the exact path takes
+#: single pixels of a large picture, noise included, and the draft their average.
+ERRORS = {"antialiased": (1.0, 24), "not": (3.0, 40)}
+CUTTING = {
+    "tiles": Resize(rule="tiles", max_tiles=6, thumbnail=True),
+    "split": Resize(rule="split", resample="lanczos", longest=448),
+    "slices": Resize(rule="slices", max_tiles=4),
+    "aspect": Resize(rule="aspect", multiple=28, min_pixels=3136, max_pixels=200704),
+    "crop": Resize(rule="crop", short=256),
+    "pad": Resize(rule="pad", resample="bilinear", antialias=False),
+}
+
+
+@pytest.mark.parametrize("rule", CUTTING)
+@pytest.mark.parametrize("size", [(2000, 1500), (900, 1700)])
+def test_the_fast_path_of_every_rule(rule: str, size: tuple[int, int]) -> None:
+    resize = CUTTING[rule]
+    to = encoder(224, 224, resize=resize)
+    data = file(photo(*size), "JPEG", quality=90)
+
+    def planner(width: int, height: int) -> views.Plan:
+        cuts = geometry.cut(width, height, to).cuts
+        return views.Plan(tuple(views.View(0, cut, 4) for cut in cuts), tuple(range(len(cuts))))
+
+    fast, exact = (
+        pictures.prepare_views(data, planner, (to,), LARGE, exact=exact) for exact in (False, True)
+    )
+    assert fast.plan == exact.plan
+    mean, most = ERRORS["antialiased" if resize.antialias else "not"]
+    for one, other in zip(fast.tensors, exact.tensors, strict=True):
+        difference = np.abs(one.astype(int) - other)
+        assert difference.mean() < mean
+        assert difference.max() < most
+
+
 @pytest.mark.parametrize(
     ("size", "target", "scale"),
     [((800, 600), 100, 2), ((800, 800), 100, 4), ((1600, 1600), 100, 8), ((399, 900), 200, 1)],
@@ -285,6 +323,33 @@ def test_the_largest_reduction_that_leaves_twice_the_target(
     assert all(n >= 2 * target for n in sizes[0]) or scale == 1
     pictures.prepare(data, encoder(target, target), limits, exact=True)
     assert sizes[1] == size
+
+
+@pytest.mark.parametrize(("side", "scale"), [(1690, 1), (1710, 2), (3420, 4)])
+def test_the_reduction_for_a_large_target(
+    side: int, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four tiles of 448 pixels: at least 19/20 of 896 are decoded."""
+    sizes = []
+    real = pictures._to_rgb
+
+    def spy(image: Image.Image, *, deep: bool) -> Image.Image:
+        sizes.append(image.size)
+        return real(image, deep=deep)
+
+    monkeypatch.setattr(pictures, "_to_rgb", spy)
+    to = encoder(448, 448, resize=Resize(rule="tiles", min_tiles=4, max_tiles=4))
+
+    def planner(width: int, height: int) -> views.Plan:
+        cuts = geometry.cut(width, height, to).cuts
+        return views.Plan(tuple(views.View(0, cut, 4) for cut in cuts), tuple(range(len(cuts))))
+
+    data = file(Image.new("RGB", (side, side), RED), "JPEG")
+    made = pictures.prepare_views(data, planner, (to,), LARGE)
+    assert len(made.tensors) == 4
+    decoded = -(-side // scale)
+    assert sizes == [(decoded, decoded)]
+    assert decoded >= resample.LARGE_GAP * 896 or scale == 1
 
 
 def test_base64_in_all_its_spellings() -> None:

@@ -94,28 +94,41 @@ def test_order_and_empty_messages() -> None:
 
 def test_places() -> None:
     tags = Tags(start="[", content="<image>", end="]")
-    assert prompt.place_pictures("a<image>b", "<image>", 1, tags) == "a[<image>]b"
+    one = ["[", 0, "]"]
+    assert prompt.place_pictures("a<image>b", "<image>", tags, [one]) == "a[<image>]b"
+    rows = ["1", 0, 1, "\n", 2]
+    placed = prompt.place_pictures("<image> <image>", "<image>", tags, [rows, one])
+    assert placed == "1<image><image>\n<image> [<image>]"
     with pytest.raises(prompt.PromptError, match="2 places for 1"):
-        prompt.place_pictures("a<image>b<image>", "<image>", 1, tags)
+        prompt.place_pictures("a<image>b<image>", "<image>", tags, [one])
     with pytest.raises(prompt.PromptError, match="no tags"):
-        prompt.place_pictures("<image>", "<image>", 1, None)
-    assert prompt.place_pictures("text", "<image>", 0, None) == "text"
+        prompt.place_pictures("<image>", "<image>", None, [one])
+    assert prompt.place_pictures("text", "<image>", None, []) == "text"
 
 
-@given(st.lists(st.integers(1, 5), max_size=4), st.data())
-def test_expand(counts: list[int], data: st.DataObject) -> None:
-    order = data.draw(st.permutations(range(len(counts))))
+def test_pictures_are_numbered_as_they_come() -> None:
+    tags = Tags(content="<image>")
+    layout = [f"<id>{prompt.NUMBER}</id>", 0]
+    placed = prompt.place_pictures("<P> <P>", "<P>", tags, [layout, layout])
+    assert placed == "<id>0</id><image> <id>1</id><image>"
+
+
+PLACES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 5)), max_size=5)
+
+
+@given(PLACES, st.data())
+def test_expand(places: list[tuple[int, int, int]], data: st.DataObject) -> None:
     ids = [1, 2]
-    for _ in order:
+    for _ in places:
         ids += [9, *data.draw(st.lists(st.integers(1, 8), max_size=3))]
-    tokens, spans = prompt.expand(ids, 9, order, counts)
-    assert [index for _, _, index in spans] == order
-    assert all(tokens[s : s + n] == [9] * counts[i] and n == counts[i] for s, n, i in spans)
-    assert len(tokens) == len(ids) - len(order) + sum(counts)
+    tokens, spans = prompt.expand(ids, 9, places)
+    assert [(picture, view, count) for _, count, picture, view in spans] == places
+    assert all(tokens[start : start + count] == [9] * count for start, count, _, _ in spans)
+    assert len(tokens) == len(ids) + sum(count - 1 for _, _, count in places)
     assert [t for t in tokens if t != 9] == [t for t in ids if t != 9]
 
 
 def test_expand_counts_the_places() -> None:
     with pytest.raises(prompt.PromptError):
-        prompt.expand([9, 9], 9, [0], [4])
-    assert prompt.expand([9], 9, [], []) == ([9], [])
+        prompt.expand([9, 9], 9, [(0, 0, 4)])
+    assert prompt.expand([9], 9, []) == ([9], [])

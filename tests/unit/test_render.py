@@ -25,8 +25,9 @@ from tokenizers import (
 
 from rkvlmd.engine import render
 from rkvlmd.errors import RkvlmdError
-from rkvlmd.models import families
+from rkvlmd.models import families, prompt
 from rkvlmd.models.manifest import Decoder, Encoder, File, Manifest, Tags
+from tests.fakes.laid import one_view
 
 START, END, IMAGE, FAKE = "<|im_start|>", "<|im_end|>", "<image>", "<fake>"
 TOOL = "<tool_call>"
@@ -89,8 +90,9 @@ class Model:
 
     def render(
         self, turns: list[dict[str, Any]], pictures: Sequence[int] = ()
-    ) -> tuple[list[int], list[tuple[int, int, int]]]:
-        return render.render(str(self.folder), self.manifest, turns, pictures)
+    ) -> tuple[list[int], list[render.Span]]:
+        laid = one_view(self.manifest, pictures)
+        return render.render(str(self.folder), self.manifest, turns, laid)
 
 
 @pytest.fixture
@@ -139,10 +141,10 @@ def test_pictures_at_their_places(both: list[Model], tokenizer: Tokenizer) -> No
     for model in both:
         tokens, spans = model.render(turns, counts)
         assert tokens == plain(tokenizer, wanted)
-        assert [(n, i) for _, n, i in spans] == [(3, 1), (2, 0), (1, 2)]
+        assert [(n, i) for _, n, i, _ in spans] == [(3, 1), (2, 0), (1, 2)]
         image = tokenizer.token_to_id(IMAGE)
         at = [i for i, token in enumerate(tokens) if token == image]
-        assert at == [s + k for s, n, _ in spans for k in range(n)]
+        assert at == [s + k for s, n, _, _ in spans for k in range(n)]
 
 
 def test_special_strings_of_clients_are_text(both: list[Model], tokenizer: Tokenizer) -> None:
@@ -199,14 +201,14 @@ def test_a_template_that_adds_strings(tmp_path: Path, tokenizer: Tokenizer) -> N
     model = Model(tmp_path, tokenizer, ADDS)
     tokens, spans = model.render([turn("a ", 0, " b")], [2])
     assert tokens == plain(tokenizer, f"user: a {FAKE}{IMAGE * 2}{FAKE} b\n")
-    assert spans == [(tokens.index(tokenizer.token_to_id(IMAGE)), 2, 0)]
+    assert spans == [(tokens.index(tokenizer.token_to_id(IMAGE)), 2, 0, 0)]
 
 
 def test_a_marker_of_several_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     template = LISTS.replace(IMAGE, FAKE + IMAGE + FAKE)
     model = Model(tmp_path, tokenizer, template, marker=FAKE + IMAGE + FAKE)
     tokens, spans = model.render([turn(0, "hi " + FAKE + IMAGE + FAKE)], [3])
-    assert spans == [(tokens.index(tokenizer.token_to_id(IMAGE)), 3, 0)]
+    assert spans == [(tokens.index(tokenizer.token_to_id(IMAGE)), 3, 0, 0)]
     assert tokens.count(tokenizer.token_to_id(FAKE)) == 2
 
 
@@ -335,6 +337,43 @@ def test_the_familys_template_is_used_without_a_file(tmp_path: Path, tokenizer: 
 
 
 def test_families() -> None:
-    assert families.known() == {"smolvlm"}
+    folder = Path(families.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "chatml"}
+    assert families.known() == modules
+    assert all(families.get(name).name == name for name in modules)
     with pytest.raises(KeyError):
         families.get("os")
+
+
+@pytest.mark.parametrize("name", sorted(families.known() - {"clip"}))
+def test_every_familys_template(name: str) -> None:
+    """Each writes every text once and in order, and one marker a picture, at its place."""
+    family = families.get(name)
+    markers = {
+        "deepseek_ocr": "<image>", "fastvlm": "<image>", "gemma3": "<start_of_image>",
+        "gemma3n": "<image_soft_token>", "gemma4": "<|image|>", "idefics3": "<image>",
+        "internvl": "<IMG_CONTEXT>", "janus": "<image_placeholder>", "llava": "<image>",
+        "minicpmv": "(<image>./</image>)", "smolvlm": "<image>",
+    }  # fmt: skip
+    marker = markers.get(name, "<|vision_start|><|image_pad|><|vision_end|>")
+    text_only = name == "qwen3"
+    model = Manifest(
+        schema=1, name="m", family=name, image=None if text_only else Tags(content="<c>"),
+        marker=marker, decoder=Decoder(engine="onnx", files={}, context=512, embedding=8),
+    )  # fmt: skip
+    template = render.Template(family.template, {}, model)
+    assert template.place == marker
+    first = ("Q1",) if text_only else (0, "Q1")
+    turns = [
+        turn("S0", role="system"), turn(*first), turn("A1", role="assistant"), turn("Q2"),
+    ]  # fmt: skip
+    pictures = 0 if text_only else 1
+    shown = template.render(turns, prompt.Specials([]), pictures)
+    assert shown.count(marker) == pictures
+    at = [shown.index(text) for text in ("S0", *([] if text_only else [marker]), "Q1", "A1", "Q2")]
+    assert at == sorted(at)
+    assert all(shown.count(text) == 1 for text in ("S0", "Q1", "A1", "Q2"))
+    # A system message of the client takes the place of the family's own.
+    assert "helpful" not in shown
+    alone = template.render([turn("Q1")], prompt.Specials([]), 0)
+    assert alone.count("Q1") == 1

@@ -27,6 +27,7 @@ ALL = ["1.2.1", "1.2.3", "1.3.0", "1.3.1"]
 SWITCHES = [
     {},
     {"NPUSIM_PICTURES": "blind"},
+    {"NPUSIM_PICTURES": "never"},
     {"NPUSIM_SPECIALS": "text"},
     {"NPUSIM_FINISH_AFTER_ABORT": "no"},
     {"NPUSIM_KV_SIZE": "zero"},
@@ -35,6 +36,15 @@ SWITCHES = [
     {"NPUSIM_KEEP_SYSTEM": "yes"},
     {"NPUSIM_IDLE_ABORT": "sticks"},
     {"NPUSIM_SPLIT": "bytes"},
+    {"NPUSIM_CALLBACK_THREAD": "other"},
+    {"NPUSIM_LOG": "stdout"},
+    {"NPUSIM_PAUSE": "segv"},
+    {"NPUSIM_HEADER": "any"},
+    {"NPUSIM_AFFINITY": "fails"},
+    {"NPUSIM_DOMAINS": "several"},
+    {"NPUSIM_SWITCH_MS": "5"},
+    {"NPUSIM_THINK": "ends"},
+    {"RKLLM_LOG_LEVEL": "2"},
 ]
 
 
@@ -60,8 +70,20 @@ def test_a_conversation_with_pictures(
 ) -> None:
     for name, value in switch.items():
         monkeypatch.setenv(name, value)
-    bench = Bench(sim, version, outputs=outputs)
+    model = {"megabytes": 5000} if "NPUSIM_DOMAINS" in switch else {}
+    bench = Bench(sim, version, outputs=outputs, model=model)
     exact = switch.get("NPUSIM_SPECIALS") != "text"
+    assert (bench.ready["driver"], bench.ready["npu_cores"]) == ("0.9.8", 3)
+    probed = bench.ready["probe"]
+    finishes = switch.get("NPUSIM_FINISH_AFTER_ABORT") != "no"
+    # Before 1.3.0 a short run is one that is aborted: without its end nothing is known.
+    seen = finishes or version >= "1.3"
+    assert probed["finish_after_abort"] is finishes
+    if seen:
+        elsewhere = switch.get("NPUSIM_CALLBACK_THREAD") == "other"
+        assert probed["callbacks_elsewhere"] is elsewhere
+    assert probed["pictures_told_apart"] is (seen and switch.get("NPUSIM_PICTURES") != "blind")
+    assert (probed["special_strings"] == 1) is (seen and exact)
     turns: list[Any] = []
     # The same picture with a second question, another one of the same size, then back.
     for number, question in (
@@ -184,7 +206,7 @@ def test_an_unknown_cache_is_cleared(sim: Sim, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_model_that_reuses_nothing(sim: Sim) -> None:
-    bench = Bench(sim, "1.3.0", model={"reuse": False}, family="qwen3.5")
+    bench = Bench(sim, "1.3.0", model={"reuse": False}, family="qwen3_5")
     bench.ask("x")
     _, done = bench.ask("x")
     assert done.cached == 0
@@ -194,7 +216,7 @@ def test_a_model_that_reuses_nothing(sim: Sim) -> None:
 
 def test_a_leaking_child_asks_to_be_replaced(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rkvlmd.engine.rkllm_defects.RECYCLE_RUNS", 3)
-    leaky = Bench(sim, "1.3.0", family="qwen3.5")
+    leaky = Bench(sim, "1.3.0", family="qwen3_5")
     assert [leaky.ask("x")[1].recycle for _ in range(4)] == [False, False, True, True]
     sound = Bench(sim, "1.3.0", name="n")
     assert not any(sound.ask("x")[1].recycle for _ in range(4))
@@ -202,15 +224,28 @@ def test_a_leaking_child_asks_to_be_replaced(sim: Sim, monkeypatch: pytest.Monke
 
 def test_the_probe_is_remembered(sim: Sim) -> None:
     Bench(sim, "1.3.0")
-    assert len(sim.trace("run")) == 2
+    runs = len(sim.trace("run"))
     Bench(sim, "1.3.0")
-    assert len(sim.trace("run")) == 2  # by the first
+    assert len(sim.trace("run")) == runs  # by the first
     Bench(sim, "1.3.1")
-    assert len(sim.trace("run")) == 4  # another library
+    assert len(sim.trace("run")) == 2 * runs  # another library
     Bench(sim, "1.3.1", name="other", model={"toolkit": "1.3.0"})
-    assert len(sim.trace("run")) == 6  # another model
+    assert len(sim.trace("run")) == 3 * runs  # another model
     kept = json.loads((sim.folder / rkllm_probe.FILE).read_text())
-    assert list(kept.values()) == [True, True, True]
+    assert [found["pictures_told_apart"] for found in kept.values()] == [True, True, True]
+
+
+@pytest.mark.parametrize("size", ["whole", "prompt", "zero"])
+def test_the_probe_says_what_no_document_does(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    use(monkeypatch, KV_SIZE=size)
+    probed = Bench(sim, "1.3.0").ready["probe"]
+    kept, ran = probed["kept_after_run"], probed["run_tokens"]
+    assert ran > folders.TOKENS
+    assert kept == {"whole": ran + 1, "prompt": ran, "zero": 0}[size]
+    assert sim.trace("run")[-1]["prompt"] == "a"
+    assert sim.trace("clear")[-1]["t"] > sim.trace("run")[-1]["t"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}', "[" * 100_000])
@@ -226,10 +261,10 @@ def test_a_probe_that_fails_means_no(sim: Sim, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_memory_of_probes_is_bounded(tmp_path: Path) -> None:
     for i in range(100):
-        rkllm_probe.remember(str(tmp_path), f"key {i}", told=True)
+        rkllm_probe.remember(str(tmp_path), f"key {i}", rkllm_probe.Found(special_strings=i))
     assert rkllm_probe.remembered(str(tmp_path), "key 0") is None
-    assert rkllm_probe.remembered(str(tmp_path), "key 99") is True
-    rkllm_probe.remember(str(tmp_path / "missing"), "key", told=True)  # best effort
+    assert rkllm_probe.remembered(str(tmp_path), "key 99") == rkllm_probe.Found(special_strings=99)
+    rkllm_probe.remember(str(tmp_path / "missing"), "key", rkllm_probe.Found())  # best effort
     assert rkllm_probe.remembered("", "key") is None
 
 
@@ -399,7 +434,7 @@ def test_orders_that_are_not_consistent(sim: Sim) -> None:
     assert bench.decoder.generate(good, rows, lambda _m: None).reason == "stop"
 
 
-@pytest.mark.parametrize(("version", "family"), [("1.2.1", "smolvlm"), ("1.2.3", "qwen3-vl")])
+@pytest.mark.parametrize(("version", "family"), [("1.2.1", "smolvlm"), ("1.2.3", "qwen3_vl")])
 def test_versions_that_mix_pictures_up(sim: Sim, version: str, family: str) -> None:
     bench = Bench(sim, version, family=family)
     bench.ask((1, "x"))
@@ -476,11 +511,11 @@ def test_sampling_before_1_3(sim: Sim, version: str) -> None:
 
 def test_what_a_load_tells(sim: Sim) -> None:
     bench = Bench(sim, "1.3.0", decoder={"cpu_mask": 0xF0, "n_keep": 4, "embed_flash": True})
-    said = {k: v for k, v in bench.ready.items() if k != "defects"}
+    said = {k: v for k, v in bench.ready.items() if k not in {"defects", "probe"}}
     assert said == {
         "libraries": {"librkllmrt": "1.3.0"}, "layout": "1.3.0", "context": 2048, "embedding": 16,
         "adapters": [], "prompt_cache": False, "iommu_domain": 1, "pictures_told_apart": True,
-        "sampling_per_request": True,
+        "sampling_per_request": True, "conversations": False,
         "driver": "0.9.8", "platform": "RK3588", "toolkit": "1.2.3", "context_limit": 4096,
         "npu_cores": 3, "target": "RK3588", "dtype": "W8A8",
     }  # fmt: skip
@@ -514,6 +549,8 @@ LOADS = [
     ({}, {}, {"FAULT": "oom@init", "OOM": "zero"}, "insufficient_memory", "memory"),
     ({}, {}, {"FAULT": "platform@init"}, "invalid_model", "rkvlmctl doctor"),
     ({}, {}, {"FAULT": "fail@init"}, "invalid_model", "cannot load language.rkllm; its log"),
+    ({}, {}, {"DRIVER": "0.9.2"}, "model_failed", r"driver is version 0\.9\.2, .* need 0\.9\.8"),
+    ({"limit": 1024}, {}, {"DRIVER": "0.9.2"}, "invalid_model", r"decoder\.context"),
     ({}, {"runtime_versions": ["1.2.3"]}, {}, "model_failed", r"runtime_versions: .* 1\.2\.3, but"),
 ]  # fmt: skip
 
@@ -528,7 +565,8 @@ def test_loads_that_fail(
         Bench(sim, "1.3.0", model=model, decoder=decoder)
     assert caught.value.code == code
     assert "/" not in caught.value.message
-    monkeypatch.delenv("NPUSIM_FAULT", raising=False)
+    for name in env:
+        monkeypatch.delenv(f"NPUSIM_{name}")
     assert Bench(sim, "1.3.0", name="good").ask("x")[1].reason == "stop"
 
 
@@ -545,6 +583,47 @@ def test_files_that_are_no_model(sim: Sim, content: bytes, says: str) -> None:
     (folder / "language.rkllm").unlink()
     with pytest.raises(RkvlmdError, match=r"language\.rkllm is missing"):
         Bench(sim, "1.3.0")
+
+
+@pytest.mark.parametrize("driver", ["0.9.8", "0.9.6", "1.0.0"])
+def test_an_old_driver_that_works_is_none_of_our_business(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, driver: str
+) -> None:
+    use(monkeypatch, DRIVER=driver, OLD_DRIVER="works")
+    bench = Bench(sim, "1.3.0")
+    assert bench.ready["driver"] == driver
+    assert bench.ask((1, "x"))[1].reason == "stop"
+
+
+def test_a_file_with_another_beginning(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:
+    # That a .rkllm begins so is a claim: the engine must not hold a file to it.
+    use(monkeypatch, HEADER="any")
+    assert Bench(sim, "1.3.0", model={"header": bytes(256)}).ask("x")[1].reason == "stop"
+
+
+def test_what_the_library_understood_of_its_parameters(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("RKLLM_LOG_LEVEL", "2")
+    wanted = {"cpu_mask": 0xF0, "n_keep": 4, "embed_flash": True, "iommu_domain": 2}
+    for version in ALL:
+        bench = Bench(sim, version, name=f"m{version}", decoder=wanted)
+        printed = capfd.readouterr().err
+        bench.close_all()
+        lines = [
+            "Max Context Length: 2048", "Top-K: 1", "N Keep: 4", "N Batch: 1", "Base Domain ID: 2",
+            "Embed Flash: 1", "use_cross_attn: 0", "Is Async: 0", "Skip Special Token: 1",
+        ]  # fmt: skip
+        if version.startswith("1.2"):
+            lines += ["Image Start: <|vision_start|>", "Image Content: <|image_pad|>"]
+        for line in lines:
+            assert f"I rkllm: {line}\n" in printed, version
+
+
+def test_an_answer_that_ends_with_its_thought(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, REPLY="text", REPLY_TEXT="<think>hm</think>yes", THINK="ends")
+    text, done = Bench(sim, "1.3.0").ask("x")
+    assert (text, done.reason) == ("<think>hm</think>", "stop")
 
 
 def test_runtime_versions_may_be_a_series(sim: Sim) -> None:

@@ -63,8 +63,8 @@ def test_rows_are_interleaved(sim: Sim, outputs: int, batched: bool) -> None:
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(encoder.encode(pixels[None]), expected)
     assert ready == {
-        "libraries": {"librknnrt": "API version: 2.3.2 (npusim) DRV version: 0.9.8"},
-        "toolkit": "2.5.0", "core_mask": 7, "tokens": folders.TOKENS,
+        "libraries": {"librknnrt": "RKNN VERSION: API: 2.3.2 (npusim) DRV: 0.9.8"},
+        "toolkit": "2.5.0", "core_mask": 7, "file_released": True, "tokens": folders.TOKENS,
         "embedding": folders.EMBED, "outputs": outputs,
     }  # fmt: skip
 
@@ -72,6 +72,29 @@ def test_rows_are_interleaved(sim: Sim, outputs: int, batched: bool) -> None:
 def test_the_copy_of_the_file_is_given_back(sim: Sim) -> None:
     encoder, _ = load(sim)
     assert encoder._lite.rknn_data is None
+
+
+def test_a_copy_that_is_needed_stays(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:
+    # That it can go is an inference from the library's source.
+    monkeypatch.setenv("NPUSIM_RKNN_DATA", "needed")
+    encoder, ready = load(sim)
+    assert ready["file_released"] is False
+    assert encoder._lite.rknn_data
+    assert encoder.encode(picture()).shape == (4, 16)
+
+
+def test_a_driver_that_is_too_old(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rkvlmd.board.driver import Driver
+
+    monkeypatch.setenv("NPUSIM_DRIVER", "0.9.3")
+    with pytest.raises(RkvlmdError, match="the NPU does not take"):
+        load(sim)
+    monkeypatch.setattr("rkvlmd.board.driver.read", lambda _root: Driver("rknpu", "0.9.3"))
+    with pytest.raises(RkvlmdError, match=r"driver is version 0\.9\.3, .* need 0\.9\.8") as caught:
+        load(sim)
+    assert caught.value.code == "model_failed"
+    monkeypatch.setenv("NPUSIM_OLD_DRIVER", "works")
+    assert load(sim)[0].encode(picture()).shape == (4, 16)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,20 @@ def test_a_file_that_says_another_version_than_it_is(abi: str, says: str, like: 
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("version", ["1.2.3", "1.3.0"])
+def test_other_defaults_than_those_that_are_known(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], version: str
+) -> None:
+    monkeypatch.setenv("NPUSIM_DEFAULTS", "other")
+    path = compiler.library(version)
+    with pytest.raises(RkvlmdError, match=r"none that is known; npu\.layout can name"):
+        lib.open_library(str(path))
+    # The owner has the last word: nobody else can know better.
+    assert lib.open_library(str(path), override=version).layout is VERSIONS[version]
+    assert "fit none" in capfd.readouterr().err
+
+
+@pytest.mark.process
 def test_a_folder_of_several_versions(tmp_path: Path) -> None:
     for version in ("1.2.3", "1.3.0", "1.3.1"):
         (tmp_path / f"librkllmrt-{version}.so").symlink_to(compiler.library(version))

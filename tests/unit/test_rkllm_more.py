@@ -83,7 +83,12 @@ SYSTEM = "<|im_start|>user\nYou are asked about what you see. Answer in one sent
 
 
 @pytest.mark.parametrize("version", ["1.2.1", "1.2.3", "1.3.0", "1.3.1"])
-def test_the_beginning_of_all_prompts_is_computed_once(sim: Sim, version: str) -> None:
+@pytest.mark.parametrize("saved", [{}, {"NPUSIM_SAVED_CACHE": "token"}], ids=str)
+def test_the_beginning_of_all_prompts_is_computed_once(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, version: str, saved: dict[str, str]
+) -> None:
+    for name, value in saved.items():
+        monkeypatch.setenv(name, value)
     question = SYSTEM.removeprefix("<|im_start|>user\n") + "What is this?"
     bench = Bench(sim, version, vision=False, decoder={"prompt_cache": SYSTEM})
     assert bench.ready["prompt_cache"] is True
@@ -129,7 +134,7 @@ def test_prompt_caches_are_bounded(sim: Sim, monkeypatch: pytest.MonkeyPatch) ->
 def test_where_no_prompt_cache_can_be(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:
     # A family that cannot save one, a state folder that cannot be written, none at all, a failure.
     made = {"vision": False, "decoder": {"prompt_cache": SYSTEM}}
-    assert Bench(sim, "1.3.0", name="a", family="qwen3.5", **made).ready["prompt_cache"] is False
+    assert Bench(sim, "1.3.0", name="a", family="qwen3_5", **made).ready["prompt_cache"] is False
     for state in (str(sim.folder / "a" / "rkvlm.json"), ""):
         bench = Bench(sim, "1.3.0", name="b", options={"state": state}, **made)
         assert bench.ready["prompt_cache"] is False

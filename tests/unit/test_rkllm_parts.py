@@ -14,7 +14,9 @@ from rkvlmd.engine import render, rkllm_defects, rkllm_sampling
 from rkvlmd.engine.rkllm_record import Record, differs_at_picture, parts
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import estimate, manifest, prompt, rkllm
+from rkvlmd.models.manifest import Tags
 from rkvlmd.wire import child
+from tests.fakes.laid import one_view
 from tests.npusim import folders
 
 # --- the record ------------------------------------------------------------------------------
@@ -24,7 +26,7 @@ def test_parts() -> None:
     assert parts("a<image>b<image>", ["x", "y"]) == ("a", "x", "b", "y", "")
     assert parts("", []) == ("",)
     for text, keys in (("a", ["x"]), ("<image>", []), ("<image><image>", ["x"])):
-        with pytest.raises(ValueError, match="places for"):
+        with pytest.raises(ValueError, match="places <image> for"):
             parts(text, keys)
 
 
@@ -112,9 +114,9 @@ def folder(tmp_path: Path) -> Path:
 def rendered(folder: Path, *texts: Any, count_tokens: bool = True) -> render.Rendered:
     tree = folders.manifest(folder, count_tokens=count_tokens)
     pictures = sum(isinstance(t, int) for part in texts for t in part)
-    return render.render_text(
-        str(folder), manifest.from_builtins(tree), turns(*texts), [folders.TOKENS] * pictures
-    )
+    model = manifest.from_builtins(tree)
+    laid = one_view(model, [folders.TOKENS] * pictures)
+    return render.render_text(str(folder), model, turns(*texts), laid)
 
 
 PIECES = [*"<|>imagevdo_ptrs\0\u200b\ufdd0é\n ", "<image>", "<video>", "<|im_end|>"]
@@ -148,7 +150,7 @@ def test_tokens_are_those_of_the_expanded_prompt(folder: Path) -> None:
     pads = "<|image_pad|>" * folders.TOKENS
     whole = made.text.replace("<image>", f"<|vision_start|>{pads}<|vision_end|>")
     assert made.tokens == folders.tokenizer().encode(whole).ids
-    assert [index for _, _, index in made.spans] == [0, 1]
+    assert [index for _, _, index, _ in made.spans] == [0, 1]
 
 
 def test_without_a_tokenizer_the_count_is_an_estimate(folder: Path) -> None:
@@ -156,13 +158,13 @@ def test_without_a_tokenizer_the_count_is_an_estimate(folder: Path) -> None:
     made = rendered(folder, [0, "how many words are there in this question?"], count_tokens=False)
     assert made.text == exact.text
     assert made.tokens == []
-    assert [(count, index) for _, count, index in made.spans] == [(folders.TOKENS, 0)]
+    assert [(count, index) for _, count, index, _ in made.spans] == [(folders.TOKENS, 0)]
     assert folders.TOKENS + 10 < made.most < len(exact.tokens)
 
 
 def test_pictures_out_of_order_keep_their_place(folder: Path) -> None:
     made = rendered(folder, [1, "then", 0])
-    assert [index for _, _, index in made.spans] == [1, 0]
+    assert [index for _, _, index, _ in made.spans] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -179,8 +181,24 @@ def test_templates_that_write_places_of_their_own(folder: Path, template: str, s
 
 
 def test_marks_of_the_library() -> None:
-    assert prompt.mark_pictures("a [P] b [P]", "[P]", 2) == "a <image> b <image>"
-    assert prompt.mark_pictures("nothing", "[P]", 0) == "nothing"
+    tags = Tags(start="<s>", content="<c>", end="</s>")
+    one = ["<s>", 0, "</s>"]
+    assert prompt.mark_pictures("a [P] b [P]", "[P]", tags, [one, one]) == "a <image> b <image>"
+    assert prompt.mark_pictures("nothing", "[P]", tags, []) == "nothing"
+    split = ["row 1:<s>", 0, "</s>\n<s>", 1, f"</s>whole {prompt.NUMBER}"]
+    marked = prompt.mark_pictures("[P][P]", "[P]", tags, [split, split])
+    assert marked == "row 1:<image>\n<image>whole 0row 1:<image>\n<image>whole 1"
+
+
+def test_tags_where_the_library_cannot_put_them() -> None:
+    tags = Tags(start="<s>", content="<c>", end="</s>")
+    for layout in ([0], ["<s>", 0, 1, "</s>"], ["</s>", 0, "<s>"]):
+        with pytest.raises(prompt.PromptError, match="tags"):
+            prompt.mark_pictures("[P]", "[P]", tags, [layout])
+    bare = Tags(content="<c>")
+    assert prompt.mark_pictures("[P]", "[P]", bare, [["<s>", 0, 1, "</s>"]]) == (
+        "<s><image><image></s>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,8 +268,8 @@ def test_every_defect_has_a_source_and_a_version_that_exists() -> None:
         assert "#" in defect.source
         assert defect.text.endswith(".")
         assert set(defect.versions) <= set(VERSIONS)
-    assert rkllm_defects.has("leaks", "1.3.0", "qwen3.5")
-    assert not rkllm_defects.has("leaks", "1.3.1", "qwen3.5")
+    assert rkllm_defects.has("leaks", "1.3.0", "qwen3_5")
+    assert not rkllm_defects.has("leaks", "1.3.1", "qwen3_5")
     assert not rkllm_defects.has("leaks", "1.3.0", "smolvlm")
     assert not rkllm_defects.has("unheard", "1.3.0", "smolvlm")
     assert "one_model" in rkllm_defects.met("1.2.1", "smolvlm")

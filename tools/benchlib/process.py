@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,11 @@ class Memory:
 
 @contextmanager
 def running(
-    *, models: Path | None = None, settings: str = "", program: Sequence[str] = ("rkvlmd",)
+    *,
+    models: Path | None = None,
+    settings: str = "",
+    program: Sequence[str] = ("rkvlmd",),
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Daemon]:
     """Run a daemon inside the block, with its sockets and folders in a temporary one.
 
@@ -59,6 +63,7 @@ def running(
       models: its folder of model folders; ``None``: an empty one.
       settings: its settings file, TOML; nothing of this machine's is read.
       program: the module to start and arguments before the options.
+      environ: its environment; ``None``: ours.
 
     Raises:
       BenchError: it did not come up or did not leave as it should.
@@ -75,7 +80,12 @@ def running(
         with log.open("wb") as errors:
             began = time.monotonic()
             process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=None if environ is None else dict(environ),
             )
         assert process.stdout is not None
         try:
@@ -158,3 +168,42 @@ def children(pid: int) -> dict[str, int]:
             name = words[words.index("--name") + 1] if "--name" in words[:-1] else child
             found[name] = int(child)
     return found
+
+
+def tree(pid: int) -> dict[str, int]:
+    """Return name and pid of a process and of all below it; those that end meanwhile are left out."""
+    found = {"daemon": pid}
+    waiting = [pid]
+    while waiting:
+        try:
+            below = children(waiting.pop())
+        except OSError:
+            continue
+        for name, number in below.items():
+            found[name if name not in found else f"{name} {number}"] = number
+            waiting.append(number)
+    return found
+
+
+def tree_memory(pid: int) -> dict[str, Memory]:
+    """Return what each process of a tree holds, by name."""
+    found = {}
+    for name, number in tree(pid).items():
+        try:
+            found[name] = memory(number)
+        except BenchError:
+            continue
+    return found
+
+
+def descriptors(pid: int) -> int:
+    """Return how many files a process of this user has open.
+
+    Raises:
+      BenchError: it is gone.
+
+    """
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError as exc:
+        raise BenchError(f"/proc/PID/fd: {exc.strerror}") from None

@@ -82,59 +82,6 @@ class TorchBackend:
         return logits, out.past_key_values
 
 
-class OnnxBackend:
-    """Three ONNX files: vision_encoder, embed_tokens and decoder_model_merged."""
-
-    def __init__(self, folder: Path, threads: int = 2) -> None:
-        import onnxruntime
-
-        self.folder = folder
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-
-        def session(name: str) -> Any:
-            found = sorted(folder.rglob(f"{name}*.onnx"), key=lambda p: len(p.name))
-            if not found:
-                raise FileNotFoundError(f"no {name}.onnx in {folder}")
-            return onnxruntime.InferenceSession(
-                str(found[0]), options, providers=["CPUExecutionProvider"]
-            )
-
-        self._vision, self._embed = session("vision_encoder"), session("embed_tokens")
-        self._decoder = session("decoder_model_merged")
-        self._past = [i for i in self._decoder.get_inputs() if i.name.startswith("past_key_values")]
-        self._wanted = {i.name for i in self._decoder.get_inputs()}
-
-    def vision(self, pixels: Floats) -> Floats:
-        spec = self._vision.get_inputs()[0]
-        feed: dict[str, Any] = {spec.name: pixels if len(spec.shape) == 4 else pixels[:, None]}
-        for other in self._vision.get_inputs()[1:]:
-            side = pixels.shape[-1]
-            feed[other.name] = np.ones((len(pixels), 1, side, side), bool)
-        out: Floats = self._vision.run(None, feed)[0]
-        return out.reshape(len(pixels), -1, out.shape[-1])
-
-    def embed(self, ids: Ints) -> Floats:
-        out: Floats = self._embed.run(None, {self._embed.get_inputs()[0].name: ids})[0]
-        return out
-
-    def decode(
-        self, embedded: Floats, mask: Ints, positions: Ints, past: Any
-    ) -> tuple[Floats, Any]:
-        if past is None:
-            past = {}
-            for i in self._past:
-                heads, width = i.shape[1], i.shape[3]
-                past[i.name] = np.zeros((len(embedded), heads, 0, width), np.float32)
-        feed = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": positions}
-        feed = {k: v for k, v in feed.items() if k in self._wanted} | past
-        names = [o.name for o in self._decoder.get_outputs()]
-        out = dict(zip(names, self._decoder.run(None, feed), strict=True))
-        new = {k.replace("present", "past_key_values"): v for k, v in out.items() if k != "logits"}
-        logits: Floats = out["logits"][:, -1]
-        return logits, new
-
-
 class Asker:
     """Renders conversations as the engine does and decodes greedily, many at a time."""
 

@@ -34,6 +34,7 @@ TOKENS = PATCHES // 4
 LONGEST = 6  # characters
 LENGTH = 384  # tokens of a row
 IGNORE = -100
+LISTED = ("colour", "shape", "where", "count", "size")  # skills whose answers may be lists
 LOOK = 8  # side of the small mask that shows how an object or character looks
 # The auxiliary heads: name -> number of classes (0 is "none" where there is a none).
 PATCH_HEADS = {
@@ -85,6 +86,8 @@ class Mix:
     pairs: float = 0.11
     room: int = 210  # tokens of conversation about one picture
     talk: float = 1.0  # share of the batches that have conversations
+    lists: float = 0.0  # share of the questions that rather ask about several objects
+    like: float = 0.35  # how often an object takes after an earlier one
 
 
 def curriculum(progress: float) -> Mix:
@@ -95,11 +98,13 @@ def curriculum(progress: float) -> Mix:
         return Mix((0.3, 0.3, 0.25, 0.15), 0.3, 4, 0.04, 0.02, 0.02, 140, 0.6)
     if progress < 0.25:  # seeing is the hard part: fewer questions, more pictures
         return Mix((0.2, 0.25, 0.25, 0.25, 0.05), 0.35, 4, 0.03, 0.03, 0.04, 140, 0.5)
-    if progress < 0.5:
+    if progress < 0.38:
         return Mix((0.26, 0.28, 0.24, 0.2, 0.02), 0.22, LONGEST, 0.04, 0.03, 0.07, 180)
+    # Lists ("The stars are red and blue") are what is learnt last.
     if progress < 0.8:
-        return Mix((0.24, 0.26, 0.25, 0.22, 0.03), 0.2, LONGEST, 0.04, 0.04, 0.08)
-    return Mix()
+        objects = (0.16, 0.24, 0.29, 0.28, 0.03)
+        return Mix(objects, 0.2, LONGEST, 0.04, 0.04, 0.08, lists=0.4, like=0.5)
+    return Mix((0.18, 0.23, 0.27, 0.28, 0.04), 0.28, pairs=0.15, lists=0.3, like=0.45)
 
 
 def text_scene(rng: random.Random, longest: int, held_out: bool = False) -> Scene:
@@ -131,7 +136,19 @@ def both_scene(rng: random.Random, longest: int, held_out: bool = False) -> Scen
             return replace(scene, text=text)
 
 
-def single_turns(rng: random.Random, scene: Scene, room: int, encode: Encoder) -> list[list[Turn]]:
+def ask_list(rng: random.Random, scene: Scene, skill: str) -> Turn:
+    """A question about several objects, if a few tries find one."""
+    turn = questions.ask(rng, scene, skill)
+    for _ in range(6):
+        if turn.cells is None or len(turn.cells) > 1:
+            break
+        turn = questions.ask(rng, scene, skill)
+    return turn
+
+
+def single_turns(
+    rng: random.Random, scene: Scene, room: int, encode: Encoder, lists: float = 0.0
+) -> list[list[Turn]]:
     """Conversations about one picture that take up about ``room`` tokens."""
     conversations: list[list[Turn]] = []
     skills = questions.SINGLE_SKILLS
@@ -147,7 +164,8 @@ def single_turns(rng: random.Random, scene: Scene, room: int, encode: Encoder) -
             plan.insert(1, "read")
     used = 0
     for skill in plan:
-        turn = questions.ask(rng, scene, skill)
+        several = lists and skill in LISTED and rng.random() < lists
+        turn = (ask_list if several else questions.ask)(rng, scene, skill)
         turns = [turn]
         kind = rng.random()
         if turn.topic is not None and kind < 0.3:
@@ -292,11 +310,12 @@ def make_batch(
         elif kind < mix.text + mix.nothing + mix.both:
             scene = both_scene(rng, mix.longest, held_out)
         else:
-            scene = object_scene(rng, rng.choices(counts, mix.objects)[0], held_out)
+            number = rng.choices(counts, mix.objects)[0]
+            scene = object_scene(rng, number, held_out, mix.like)
         scenes.append(scene)
         if not talk:
             continue
-        turns = single_turns(rng, scene, mix.room, encode)
+        turns = single_turns(rng, scene, mix.room, encode, mix.lists)
         if layout != "first":
             turns = turns[:2]
         groups.append(build_group(rng, encode, [at], turns, layout))

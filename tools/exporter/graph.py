@@ -20,6 +20,10 @@ IR_VERSION = 8
 CONTRIB = "com.microsoft"
 #: Weights with fewer values than this stay float32: they cost nothing.
 LEAST_QUANTIZED = 4096
+#: Weights of more bytes than this lie in a file of their own: a protobuf ends at 2 GiB.
+MOST_INSIDE = 1 << 30
+#: Tensors of fewer bytes stay in the graph: shapes are worked out from them.
+LEAST_OUTSIDE = 1024
 
 
 class Graph:
@@ -128,11 +132,19 @@ class Graph:
             return self.add("Cast", half, to=TensorProto.FLOAT, out=out)
         return self.add("Gather", self.weight(f"{name}.weight", rows), ids, out=out)
 
-    def save(self, path: Path, metadata: dict[str, str] | None = None) -> None:
-        """Check the graph and write it; the same graph gives the same bytes."""
+    def save(self, path: Path, metadata: dict[str, str] | None = None) -> list[Path]:
+        """Write the graph; the same graph gives the same bytes.
+
+        Returns the file beside it that holds the weights, if they are too many.
+        """
+        beside = []
+        if sum(values.nbytes for values in self._weights.values()) > MOST_INSIDE:
+            beside.append(path.with_name(f"{path.name}_data"))
+            weights = _outside(self._weights, beside[0])
+        else:
+            weights = [numpy_helper.from_array(v, k) for k, v in self._weights.items()]
         graph = helper.make_graph(
-            self._nodes, self._name, self._inputs, self._outputs,
-            [numpy_helper.from_array(v, k) for k, v in self._weights.items()],
+            self._nodes, self._name, self._inputs, self._outputs, weights
         )  # fmt: skip
         domains = {node.domain for node in self._nodes}
         opsets = [helper.make_opsetid("", OPSET)]
@@ -144,7 +156,27 @@ class Graph:
         for key, value in (metadata or {}).items():
             model.metadata_props.add(key=key, value=value)
         path.write_bytes(model.SerializeToString(deterministic=True))
+        return beside
 
     def _fresh(self, op: str) -> str:
         self._count += 1
         return f"{op.lower()}_{self._count}"
+
+
+def _outside(weights: dict[str, npt.NDArray[Any]], path: Path) -> list[onnx.TensorProto]:
+    """Write weights to a file of their own; return what says where each one lies."""
+    found = []
+    with path.open("wb") as file:
+        for name, values in weights.items():
+            if values.nbytes < LEAST_OUTSIDE:
+                found.append(numpy_helper.from_array(values, name))
+                continue
+            tensor = onnx.TensorProto(name=name, dims=values.shape)
+            tensor.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+            tensor.data_location = TensorProto.EXTERNAL
+            place = {"location": path.name, "offset": file.tell(), "length": values.nbytes}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            file.write(np.ascontiguousarray(values).tobytes())
+            found.append(tensor)
+    return found

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from rkvlmd.board import gauges
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.front.http import metrics
-from rkvlmd.front.http.chat import DEFAULT_ALIAS, UnknownFields, chat
+from rkvlmd.front.http.chat import chat
+from rkvlmd.front.http.embeddings import embeddings
 from rkvlmd.front.http.exchange import ClientGoneError, Exchange
+from rkvlmd.front.http.intake import DEFAULT_ALIAS, UnknownFields
 from rkvlmd.wire import sse
 from rkvlmd.wire.openai import error_body, model_card, model_list
 
@@ -54,6 +57,7 @@ class HttpApp:
             "/metrics": Route(_LOOK, self._metrics),
             "/v1/models": Route(_LOOK, self._models),
             "/v1/chat/completions": Route(frozenset({"POST"}), self._chat),
+            "/v1/embeddings": Route(frozenset({"POST"}), self._embeddings),
         }
         self._model_route = Route(_LOOK, self._model)
 
@@ -130,6 +134,9 @@ class HttpApp:
     async def _chat(self, exchange: Exchange) -> None:
         await chat(exchange, self._house, self.unknown)
 
+    async def _embeddings(self, exchange: Exchange) -> None:
+        await embeddings(exchange, self._house, self.unknown)
+
     async def _models(self, exchange: Exchange) -> None:
         views = sorted(self._house.residency.models(), key=lambda v: (not v.default, v.name))
         await _json(exchange, 200, model_list(views))
@@ -142,7 +149,10 @@ class HttpApp:
         await _json(exchange, 200, model_card(self._house.residency.model(name)))
 
     async def _metrics(self, exchange: Exchange) -> None:
-        text = metrics.render(self._house, self.unknown.total)
+        house = self._house
+        # Some sensors answer slowly, so their files are not read on the loop.
+        board = await trio.to_thread.run_sync(gauges.read, house.board, house.settings.npu.soc)
+        text = metrics.render(house, self.unknown.total, board)
         await exchange.respond(200, text, [(b"content-type", metrics.CONTENT_TYPE)])
 
     async def _live(self, exchange: Exchange) -> None:
@@ -151,6 +161,11 @@ class HttpApp:
     async def _ready(self, exchange: Exchange) -> None:
         if self._house.stopping:
             raise RkvlmdError("shutting_down", "The server is stopping.")
+        if self._house.draining:
+            retry = min(120, self._house.settings.queue.drain_retry_seconds)
+            raise RkvlmdError(
+                "draining", "The server is drained: it takes no new requests.", retry_after=retry
+            )
         if not self._house.residency.ready():
             raise RkvlmdError("model_not_loaded", "No model can serve now.")
         await _json(exchange, 200, {"status": "ok"})

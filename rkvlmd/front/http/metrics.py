@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import rkvlmd
 from rkvlmd.actors.blobs import Blob
 from rkvlmd.actors.metrics import MODEL, PREFIX, Counter, Histogram
+from rkvlmd.board.gauges import Gauges
 from rkvlmd.messages import PRIORITIES, ModelState
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 #: Phases of jobs that hold the lease.
 _RUNNING = frozenset({"loading", "encoding", "prefill", "generating"})
 
+#: Those of them whose prompt is in the KV cache, or on its way.
+_IN_KV = frozenset({"prefill", "generating"})
+_NO_BOARD = Gauges()
 _Rows = list[tuple[tuple[str, ...], float]]
 
 
@@ -35,7 +39,7 @@ class _Now:
     labels: tuple[str, ...] = ()
 
 
-def render(house: House, unknown_fields: int) -> bytes:
+def render(house: House, unknown_fields: int, board: Gauges = _NO_BOARD) -> bytes:
     """Return the page; ``unknown_fields`` counts what the front has seen of them."""
     lines: list[str] = []
     for family in house.metrics.families():
@@ -43,7 +47,7 @@ def render(house: House, unknown_fields: int) -> bytes:
     unknown = _single(
         "counter", "unknown_fields_total", "Fields of requests that nobody knows.", unknown_fields
     )
-    for now in (*_queue(house), *_parts(house), *_models(house), unknown):
+    for now in (*_queue(house), *_parts(house), *_models(house), *_board(board), unknown):
         lines += _head(now.name, now.doc, now.kind)
         lines += [_sample(now.name, now.labels, values, value) for values, value in now.rows]
     return ("\n".join(lines) + "\n").encode()
@@ -55,7 +59,14 @@ def _single(kind: Literal["counter", "gauge"], name: str, doc: str, value: float
 
 def _queue(house: House) -> Iterator[_Now]:
     jobs, gate = house.scheduler.jobs(), house.scheduler.gate
-    names = [model.name for model in house.residency.models()]
+    models = house.residency.models()
+    names = [model.name for model in models]
+    used = dict.fromkeys(names, 0.0)
+    contexts = {model.name: model.context for model in models}
+    for job in jobs:
+        if job.model in used and job.phase in _IN_KV:
+            tokens = job.prompt_tokens + job.completion_tokens
+            used[job.model] = min(tokens / contexts[job.model], 1.0)
     running = Tally(job.model for job in jobs if job.phase in _RUNNING)
     waiting = Tally(job.model for job in jobs if job.phase not in _RUNNING)
     classes = Tally(str(job.priority) for job in jobs if job.phase not in _RUNNING)
@@ -70,6 +81,10 @@ def _queue(house: House) -> Iterator[_Now]:
     yield _Now(
         "gauge", "queue_requests", "The waiting requests by class.",
         [((name,), classes[name]) for name in PRIORITIES], ("priority",),
+    )  # fmt: skip
+    yield _Now("gauge", "kv_cache_usage_perc",
+        "How much of the KV cache the running request fills, 0 to 1.",
+        [((name,), used[name]) for name in names], (MODEL,),
     )  # fmt: skip
     yield _single("gauge", "queue_bytes", "Bytes of the admitted requests.", gate.bytes)
     yield _Now(
@@ -108,11 +123,31 @@ def _models(house: House) -> Iterator[_Now]:
         "gauge", "model_memory_bytes", "Resident memory of the model's children.",
         [((model.name,), model.memory_bytes) for model in models], (MODEL,),
     )  # fmt: skip
+    yield _Now(
+        "gauge", "cache_config_info", "Always 1; tokens that the KV cache holds.",
+        [((model.name, str(model.context)), 1) for model in models], (MODEL, "num_tokens"),
+    )  # fmt: skip
     loads = [((model.name,), house.residency.pace(model.name).load_seconds) for model in models]
     yield _Now(
         "gauge", "model_load_seconds", "How long the latest load took.",
         [row for row in loads if math.isfinite(row[1])], (MODEL,),
     )  # fmt: skip
+
+
+def _board(board: Gauges) -> Iterator[_Now]:
+    """What the machine says of its NPU; a machine without one has none of these."""
+    if board.celsius is not None:
+        doc = "Temperature of the NPU, or of the board's hottest zone."
+        yield _single("gauge", "npu_temperature_celsius", doc, board.celsius)
+    if board.hertz is not None:
+        yield _single("gauge", "npu_frequency_hertz", "The NPU's clock.", board.hertz)
+    if board.load:
+        yield _Now(
+            "gauge", "npu_load_ratio", "How busy the NPU is, 0 to 1, by core.",
+            [((core,), share) for core, share in board.load], ("core",),
+        )  # fmt: skip
+    if board.cma_free is not None:
+        yield _single("gauge", "cma_free_bytes", "Free contiguous memory.", board.cma_free)
 
 
 def _counter(family: Counter) -> list[str]:

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rkvlmd.models.geometry import Cuts
+    from rkvlmd.models.manifest import Tags
 
 #: Every family; each is the module of the same name, with ``FAMILY`` in it.
-NAMES = ("smolvlm",)
+NAMES = (
+    "clip",
+    "deepseek_ocr",
+    "fastvlm",
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "idefics3",
+    "internvl",
+    "janus",
+    "llava",
+    "minicpmv",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3",
+    "qwen3_5",
+    "qwen3_vl",
+    "smolvlm",
+)
+
+Layout = Callable[["Tags", "Cuts"], Sequence[str | int]]
+
+
+def one_run(tags: Tags, cuts: Cuts) -> list[str | int]:
+    """Return the tags of a picture around all its views, one after the other."""
+    return [tags.start, *range(len(cuts.cuts)), tags.end]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """``template`` is the Jinja chat template of models that bring none, or empty."""
+    """``template`` is the Jinja chat template of models that bring none, or empty.
+
+    ``layout`` says what stands at a picture's place: strings, and indices of
+    its views.
+    """
 
     name: str
     template: str = ""
+    layout: Layout = one_run
 
 
 def known() -> frozenset[str]:

@@ -13,7 +13,7 @@ extern "C" {
 
 typedef void *LLMHandle;
 
-// Fact sheet 1.2: enums of four bytes.
+// Fact 1.2a: enums of four bytes.
 typedef enum {
     RKLLM_RUN_NORMAL = 0,
     RKLLM_RUN_WAITING = 1,
@@ -34,7 +34,7 @@ typedef enum {
     RKLLM_INFER_GET_LOGITS = 2
 } RKLLMInferMode;
 
-// Fact sheet 1.3 (A): the same in all versions.
+// Fact 1.3a: the same in all versions.
 typedef struct {
     int32_t base_domain_id;
     int8_t embed_flash;
@@ -108,7 +108,7 @@ typedef struct {
 
 typedef int (*LLMResultCallback)(RKLLMResult *result, void *userdata, LLMCallState state);
 
-// Fact sheet 1.3 (B) and (C): what differs.
+// Fact 1.3b and (C): what differs.
 typedef struct {
     const char *model_path;
     int32_t max_context_len;
@@ -232,7 +232,7 @@ typedef struct {
 #endif
 } RKLLMInferParam;
 
-// Fact sheet 1.2: the same 15 names in all versions.
+// Fact 1.2b: the same 15 names in all versions.
 RKLLMParam rkllm_createDefaultParam();
 #if NPUSIM_ABI >= 130
 int rkllm_init(LLMHandle *handle, RKLLMParam *param, RKLLMCallback *callback);

@@ -27,9 +27,9 @@ Handle &of(LLMHandle handle, const char *what) {
     std::lock_guard<std::mutex> lock(guard);
     auto at = handles.find(handle);
     if (at != handles.end()) return *at->second;
-    // Fact sheet 2.3: abort, join the run, then destroy; nothing comes after that.
-    if (gone.count(handle) > 0) misuse("2.3", "%s after rkllm_destroy", what);
-    misuse("2.1", "%s with a handle that rkllm_init did not give", what);
+    // Fact 2.3c: abort, join the run, then destroy; nothing comes after that.
+    if (gone.count(handle) > 0) misuse("2.3c", "%s after rkllm_destroy", what);
+    misuse("2.1c", "%s with a handle that rkllm_init did not give", what);
 }
 
 Handle &idle(LLMHandle handle, const char *what) {
@@ -45,16 +45,24 @@ int run(Handle &handle, RKLLMInput *input, RKLLMInferParam *infer, void *userdat
     Session &session = handle.session;
     bool sticks = is("NPUSIM_IDLE_ABORT", "sticks", "ignored");
     if (!sticks) session.abort_asked = false;
+    // Fact 2.1a: on the thread that called, measured for 1.3.1 alone.
+    bool elsewhere = is("NPUSIM_CALLBACK_THREAD", "other", "caller");
     int rc = session.run(requests, param, [&](std::vector<Event> &events, State state) {
-        return call_back(handle, events, state, userdata);
+        if (!elsewhere) return call_back(handle, events, state, userdata);
+        int answer = 0;
+        std::thread([&] { answer = call_back(handle, events, state, userdata); }).join();
+        return answer;
     });
+    if (session.settings.cross && session.check_cross() != session.cross_sum)
+        misuse("2.9b", "the caches changed during the run");
+    session.cross_set = false;
     session.abort_asked = false;
     session.running = false;
     trace("run_end", {{"rc", rc}});
     return rc;
 }
 
-// Fact sheet 2.1: one request at a time for one handle.
+// Fact 2.1c: one request at a time for one handle.
 void enter(Handle &handle, const char *what) {
     bool before = false;
     if (!handle.session.running.compare_exchange_strong(before, true))
@@ -68,7 +76,7 @@ void enter(Handle &handle, const char *what) {
 extern "C" {
 
 EXPORT RKLLMParam rkllm_createDefaultParam() {
-    // Fact sheet 1.3 (E): the defaults. Context and token limit are not in it [I].
+    // Fact 1.3d: the defaults. Context and token limit are not in it [I].
     RKLLMParam param;
     std::memset(&param, 0, sizeof param);
     param.max_context_len = 512;
@@ -80,6 +88,8 @@ EXPORT RKLLMParam rkllm_createDefaultParam() {
     param.repeat_penalty = 1.1F;
     param.mirostat_tau = 5.0F;
     param.mirostat_eta = 0.1F;
+    // Fact 1.6c: that the defaults tell the layout is an inference [I].
+    if (is("NPUSIM_DEFAULTS", "other", "known")) param.mirostat_tau = 6.0F;
     param.skip_special_token = true;
     param.extend_param.enabled_cpus_num = 4;
     param.extend_param.enabled_cpus_mask = 0xF0;
@@ -92,16 +102,17 @@ EXPORT int rkllm_init(LLMHandle *handle, RKLLMParam *param, RKLLMCallback *callb
 #else
 EXPORT int rkllm_init(LLMHandle *handle, RKLLMParam *param, LLMResultCallback callback) {
 #endif
-    if (handle == nullptr) misuse("1.2", "rkllm_init without a place for the handle");
+    if (handle == nullptr) misuse("1.2b", "rkllm_init without a place for the handle");
     bool first = true;
     {
         std::lock_guard<std::mutex> lock(guard);
         first = handles.empty();
-        // Fact sheet 2.1: one model in one process before 1.2.2.
-        if (NPUSIM_ABI < 122 && !first) misuse("2.1", "a second rkllm_init in one process");
+        // Fact 2.1d: one model in one process before 1.2.2.
+        if (NPUSIM_ABI < 122 && !first) misuse("2.1d", "a second rkllm_init in one process");
     }
     *handle = nullptr;
     auto made = read_param(param, callback);
+    print_parameters(made->session.settings);
     int rc = made->session.load(made->model_path);
     trace("init", {{"rc", rc}, {"path", made->model_path}, {"context", made->session.settings.context},
                    {"domain", made->session.settings.domain},
@@ -116,7 +127,7 @@ EXPORT int rkllm_init(LLMHandle *handle, RKLLMParam *param, LLMResultCallback ca
                    {"version", version}});
     if (rc == -2) {
         std::string how = setting("NPUSIM_OOM", "rc");
-        // Fact sheet 2.1: 1.3.0 may crash instead (#522); old versions returned 0 (#156).
+        // Fact 2.1e: 1.3.0 may crash instead (#522); old versions returned 0 (#156).
         if (how == "segv" || (how == "rc" && NPUSIM_ABI == 130 && !first)) __builtin_trap();
         return how == "zero" ? 0 : -1;
     }
@@ -149,7 +160,7 @@ EXPORT int rkllm_run(LLMHandle handle, RKLLMInput *input, RKLLMInferParam *infer
 EXPORT int rkllm_run_async(LLMHandle handle, RKLLMInput *input, RKLLMInferParam *infer,
                            void *userdata) {
     Handle &found = of(handle, "rkllm_run_async");
-    // Fact sheet 2.1: up to 1.2.1 it was reported to return empty answers or none at all.
+    // Fact 2.1b: up to 1.2.1 it was reported to return empty answers or none at all.
     if (NPUSIM_ABI < 122) return 0;
     enter(found, "rkllm_run_async");
     if (found.session.asynchronous.joinable()) found.session.asynchronous.join();
@@ -164,14 +175,14 @@ EXPORT int rkllm_abort(LLMHandle handle) {
     Session &session = of(handle, "rkllm_abort").session;
     bool running = session.running;
     trace("abort", {{"running", running}});
-    // Fact sheet 2.3: returns at once. What it does to a handle that runs nothing is open.
+    // Fact 2.3a: returns at once. What it does to a handle that runs nothing is open.
     if (running || is("NPUSIM_IDLE_ABORT", "sticks", "ignored")) session.abort_asked = true;
     return 0;
 }
 
 EXPORT int rkllm_is_running(LLMHandle handle) {
     bool running = of(handle, "rkllm_is_running").session.running;
-    // Fact sheet 1.2: the polarity of the documentation changed with 1.3.0.
+    // Fact 1.2e: the polarity of the documentation changed with 1.3.0.
     return NPUSIM_ABI >= 130 ? running : !running;
 }
 
@@ -203,11 +214,11 @@ EXPORT int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int *s
                                 int *end_pos) {
     Session &session = idle(handle, "rkllm_clear_kv_cache").session;
     if (keep_system_prompt != 0 && keep_system_prompt != 1)
-        misuse("2.4", "keep_system_prompt is %d", keep_system_prompt);
+        misuse("2.4f", "keep_system_prompt is %d", keep_system_prompt);
     if ((start_pos == nullptr) != (end_pos == nullptr))
-        misuse("2.4", "rkllm_clear_kv_cache with one of two arrays");
+        misuse("2.4f", "rkllm_clear_kv_cache with one of two arrays");
     if (start_pos != nullptr) {
-        if (!session.paused) misuse("2.4", "a range of the cache can be cleared in a pause alone");
+        if (!session.paused) misuse("2.4f", "a range of the cache can be cleared in a pause alone");
         size_t bytes = session.cache.size() * sizeof(int);
         copied(start_pos, bytes, sizeof(int), "start_pos");
         copied(end_pos, bytes, sizeof(int), "end_pos");
@@ -231,7 +242,7 @@ EXPORT int rkllm_set_chat_template(LLMHandle handle, const char *system_prompt,
     session.prefix = text_at(prompt_prefix, "prompt_prefix");
     session.postfix = text_at(prompt_postfix, "prompt_postfix");
     session.own_template = true;
-    // Fact sheet 2.5.
+    // Fact 2.5a.
     log("W rkllm: Calling rkllm_set_chat_template will disable the internal automatic chat "
         "template parsing, including enable_thinking");
     bool raw = session.system.empty() && session.prefix.empty() && session.postfix.empty();
@@ -245,32 +256,22 @@ EXPORT int rkllm_set_function_tools(LLMHandle handle, const char *system_prompt,
     std::string system = text_at(system_prompt, "system_prompt");
     std::string list = text_at(tools, "tools");
     session.tool_response = text_at(tool_response_str, "tool_response_str");
-    if (list.empty() || list[0] != '[') return -1;  // fact sheet 7: a JSON array
+    if (list.empty() || list[0] != '[') return -1;  // fact 7d: a JSON array
     session.tools = list == "[]" ? "" : system + list;
     return 0;
 }
 
 EXPORT int rkllm_set_cross_attn_params(LLMHandle handle, RKLLMCrossAttnParam *params) {
     Session &session = idle(handle, "rkllm_set_cross_attn_params").session;
-    // Fact sheet 2.9.
+    // Fact 2.9a.
     if (!session.settings.cross || !session.model.cross) return -1;
     copied(params, sizeof *params, alignof(RKLLMCrossAttnParam), "RKLLMCrossAttnParam");
-    if (params->num_tokens < 1) misuse("2.9", "num_tokens is %d", params->num_tokens);
-    auto tokens = static_cast<size_t>(params->num_tokens);
-    size_t floats = static_cast<size_t>(session.model.layers * session.model.kv_heads *
-                                        session.model.head_dim) * tokens;
-    uint32_t sum = 0;
-    auto add = [&](const void *from, size_t bytes, const char *what) {
-        auto found = copied(from, bytes, 4, what);
-        sum = crc32(found.data(), found.size(), sum);
-    };
-    add(params->encoder_k_cache, floats * sizeof(float), "encoder_k_cache");
-    add(params->encoder_v_cache, floats * sizeof(float), "encoder_v_cache");
-    add(params->encoder_mask, tokens * sizeof(float), "encoder_mask");
-    add(params->encoder_pos, tokens * sizeof(int32_t), "encoder_pos");
-    session.cross_sum = sum;
+    if (params->num_tokens < 1) misuse("2.9a", "num_tokens is %d", params->num_tokens);
+    session.cross = {params->encoder_k_cache, params->encoder_v_cache, params->encoder_mask,
+                     params->encoder_pos, static_cast<size_t>(params->num_tokens)};
+    session.cross_sum = session.check_cross();
     session.cross_set = true;
-    trace("cross", {{"tokens", params->num_tokens}, {"sum", sum}});
+    trace("cross", {{"tokens", params->num_tokens}, {"sum", session.cross_sum}});
     return 0;
 }
 

@@ -12,11 +12,17 @@ double number(const char *name, double otherwise);
 // Whether a switch has the value.
 bool is(const char *name, const char *value, const char *otherwise);
 
-// Does the fault that is due at a place, if any: "segv" and "hang" do not return. Any other kind
+// Whether version a, such as "0.9.8", comes before b.
+bool older(const std::string &a, const std::string &b);
+// Ends the process with a signal, whatever was installed for it.
+[[noreturn]] void die(int signal);
+
+// Does the fault that is due at a place, if any: a signal ("segv", "bus", "ill",
+// "abrt") and "hang" do not return. Any other kind
 // is returned, an empty string where nothing is due. See faults.cpp.
 std::string fault(const std::string &place, long tokens = 0);
 
-// Times, in milliseconds. Defaults: Qwen3-VL-2B on RK3588 (fact sheet 6.1), divided by ten.
+// Times, in milliseconds. Defaults: Qwen3-VL-2B on RK3588 (fact 6.1a), divided by ten.
 double load_ms();
 double prefill_ms_per_token();
 double decode_ms_per_token();

@@ -2,8 +2,8 @@
 //
 // NPUSIM_FAULT is a list of KIND@PLACE[:after=TOKENS][:times=N][:every=N][:skip=N], separated by
 // ";".
-// Places: init, prefill, decode (here), load, encode (the encoder stand-in). Kinds: segv, hang,
-// and what the place itself does with any other word: fail, error, oom, zero, platform, empty.
+// Places: init, prefill, decode (here), load, encode (the encoder stand-in). Kinds: segv, bus,
+// ill, abrt, hang, and what the place itself does with any other word: fail, error, oom, zero, platform, empty.
 // NPUSIM_FAULT_FILE names a file that counts how often each place was reached and each fault was
 // done, so that "times" and "every" hold over processes; without it each process counts for
 // itself. "every=10" strikes at every tenth visit of the place, "skip=1" not at the first.
@@ -77,10 +77,11 @@ std::string fault(const std::string &place, long tokens) {
         }
         if (count(name) >= option(entry, "times", every > 0 ? 1L << 30 : 1)) continue;
         trace("fault", {{"kind", kind}, {"place", place}});
-        if (kind == "segv") {
-            std::signal(SIGSEGV, SIG_DFL);
-            std::raise(SIGSEGV);
-        }
+        if (kind == "segv") die(SIGSEGV);
+        // Fact 7e: Illegal instruction (#518), GGML_ASSERT (#111); 1.5b: SIGBUS [C].
+        if (kind == "bus") die(SIGBUS);
+        if (kind == "ill") die(SIGILL);
+        if (kind == "abrt") die(SIGABRT);
         if (kind == "hang") hang();
         return kind;
     }

@@ -18,26 +18,26 @@ T structure(const T *from, const char *what) {
     return value;
 }
 
-// Fact sheet 1.1: bool is one byte, 0 or 1; anything else comes from another layout.
+// Fact 1.1a: bool is one byte, 0 or 1; anything else comes from another layout.
 bool flag(const bool *from, const char *what) {
     uint8_t byte = 0;
     std::memcpy(&byte, from, 1);
-    if (byte > 1) misuse("1.1", "%s is %d: is this another layout?", what, byte);
+    if (byte > 1) misuse("1.1a", "%s is %d: is this another layout?", what, byte);
     return byte == 1;
 }
 
 Sampling sampling(int32_t top_k, float top_p, float temperature, float repeat, float frequency,
                   float presence, int32_t mirostat, float tau, float eta) {
-    // Fact sheet 1.4: a float there, such as 40.0f, reads as an enormous number.
-    if (top_k > 1 << 28 || top_k < 0) misuse("1.4", "top_k is %d: it is an int32", top_k);
+    // Fact 1.4a: a float there, such as 40.0f, reads as an enormous number.
+    if (top_k > 1 << 28 || top_k < 0) misuse("1.4a", "top_k is %d: it is an int32", top_k);
     for (float value : {top_p, temperature, repeat, frequency, presence, tau, eta}) {
         if (!std::isfinite(value) || value < -10.0F || value > 1000.0F)
-            misuse("1.3", "a sampling parameter is %g: is this another layout?",
+            misuse("1.3e", "a sampling parameter is %g: is this another layout?",
                    static_cast<double>(value));
     }
-    if (mirostat < 0 || mirostat > 2) misuse("1.3", "mirostat is %d", mirostat);
+    if (mirostat < 0 || mirostat > 2) misuse("1.3e", "mirostat is %d", mirostat);
     if (repeat == 0.0F || tau == 0.0F)
-        misuse("1.3", "a sampling parameter is 0: every field must be filled");
+        misuse("1.3e", "a sampling parameter is 0: every field must be filled");
     return {top_k, top_p, temperature, repeat, frequency, presence, mirostat, tau, eta};
 }
 
@@ -60,20 +60,20 @@ std::unique_ptr<Handle> read_param(const RKLLMParam *from, CallbackArgument call
     s.max_new = param.max_new_tokens;
     s.n_keep = param.n_keep;
     s.skip_special = flag(&param.skip_special_token, "skip_special_token");
-    flag(&param.is_async, "is_async");
+    s.async = flag(&param.is_async, "is_async");
     s.sampling = sampling(param.top_k, param.top_p, param.temperature, param.repeat_penalty,
                           param.frequency_penalty, param.presence_penalty, param.mirostat,
                           param.mirostat_tau, param.mirostat_eta);
     s.domain = extend.base_domain_id;
-    // Fact sheet 5.4: 16 domains.
-    if (s.domain < 0 || s.domain > 15) misuse("5.4", "base_domain_id is %d", s.domain);
+    // Fact 5.4b: 16 domains.
+    if (s.domain < 0 || s.domain > 15) misuse("5.4b", "base_domain_id is %d", s.domain);
     s.embed_flash = extend.embed_flash == 1;
     s.cpus = extend.enabled_cpus_num;
     s.mask = extend.enabled_cpus_mask;
     s.batch = extend.n_batch;
     s.cross = extend.use_cross_attn == 1;
     for (uint8_t byte : extend.reserved) {
-        if (byte != 0) misuse("1.3", "the reserved bytes are not those of the default");
+        if (byte != 0) misuse("1.3d", "the reserved bytes are not those of the default");
     }
     auto handle = std::make_unique<Handle>(Settings{});
 #if NPUSIM_ABI >= 130
@@ -81,7 +81,7 @@ std::unique_ptr<Handle> read_param(const RKLLMParam *from, CallbackArgument call
     RKLLMCallback given = structure(callback, "RKLLMCallback");
     handle->callback = given.result_callback;
     handle->userdata = given.result_userdata;
-    // Fact sheet 1.2: the structure stays the caller's, and stays alive.
+    // Fact 1.2c: the structure stays the caller's, and stays alive.
     keep(*handle, callback, sizeof *callback, "RKLLMCallback");
     Session &session = handle->session;
     if (given.tokenizer_callback != nullptr) {
@@ -102,21 +102,21 @@ std::unique_ptr<Handle> read_param(const RKLLMParam *from, CallbackArgument call
             int rc = given.embed_callback(given.embed_userdata, ids.data(), ids.size(),
                                           rows.data(), bytes);
             for (float value : rows) {
-                if (std::isnan(value)) misuse("1.2", "the embedding callback left a gap");
+                if (std::isnan(value)) misuse("1.2f", "the embedding callback left a gap");
             }
             return rc == 0;
         };
     }
 #else
     handle->callback = callback;
-    // Fact sheet 1.4: NULL there crashes the runtime.
+    // Fact 1.4b: NULL there crashes the runtime.
     s.tags = {text_at(param.img_start, "img_start"), text_at(param.img_end, "img_end"),
               text_at(param.img_content, "img_content")};
     keep_text(*handle, param.img_start, "img_start");
     keep_text(*handle, param.img_end, "img_end");
     keep_text(*handle, param.img_content, "img_content");
 #endif
-    if (handle->callback == nullptr) misuse("1.2", "rkllm_init without a result callback");
+    if (handle->callback == nullptr) misuse("1.2b", "rkllm_init without a result callback");
     handle->model_path = text_at(param.model_path, "model_path");
     keep_text(*handle, param.model_path, "model_path");
     handle->session.settings = s;
@@ -126,17 +126,17 @@ std::unique_ptr<Handle> read_param(const RKLLMParam *from, CallbackArgument call
 void check_kept(const Handle &handle) {
     for (const auto &kept : handle.kept) {
         if (copied(kept.at, kept.bytes.size(), 1, kept.what.c_str()) != kept.bytes)
-            misuse("1.4", "%s was freed or changed since rkllm_init", kept.what.c_str());
+            misuse("1.4d", "%s was freed or changed since rkllm_init", kept.what.c_str());
     }
 }
 
 RunParam read_infer(const RKLLMInferParam *from) {
     RKLLMInferParam infer = structure(from, "RKLLMInferParam");
     RunParam param;
-    if (infer.mode < 0 || infer.mode > 2) misuse("1.2", "the mode is %d", infer.mode);
+    if (infer.mode < 0 || infer.mode > 2) misuse("1.2a", "the mode is %d", infer.mode);
     param.mode = static_cast<Mode>(infer.mode);
     if (infer.keep_history != 0 && infer.keep_history != 1)
-        misuse("1.3", "keep_history is %d: is this another layout?", infer.keep_history);
+        misuse("1.3c", "keep_history is %d: is this another layout?", infer.keep_history);
     param.keep_history = infer.keep_history == 1;
     if (infer.lora_params != nullptr) {
         param.has_lora = true;
@@ -163,7 +163,7 @@ RunParam read_infer(const RKLLMInferParam *from) {
 
 namespace {
 
-// Fact sheet 2.10: both counts are required.
+// Fact 2.10b: both counts are required.
 bool counted(size_t count, size_t tokens) {
     if (count > 0 && tokens > 0) return true;
     log("E rkllm: The n_image/n_image_token of multimodal_input is not set");
@@ -189,7 +189,7 @@ void read_multimodal([[maybe_unused]] const Handle &handle, const RKLLMMultiModa
                              text_at(m.image.image_content, "image_content")}};
     }
     if (m.video.n_video > 0) {
-        // Fact sheet 2.10: [n_video][n_frame_per_video][n_frame_tokens][row].
+        // Fact 2.10d: [n_video][n_frame_per_video][n_frame_tokens][row].
         request.refused = !counted(m.video.n_frame_per_video, m.video.n_frame_tokens);
         if (request.refused) return;
         request.frames = {m.video.video_embed, m.video.n_video * m.video.n_frame_per_video,
@@ -202,7 +202,7 @@ void read_multimodal([[maybe_unused]] const Handle &handle, const RKLLMMultiModa
 #endif
 #if NPUSIM_ABI >= 131
     if (m.audio.n_audio != 0 || m.audio.audio_embed != nullptr)
-        misuse("1.5", "the audio member is not zero: was the input zeroed?");
+        misuse("1.5a", "the audio member is not zero: was the input zeroed?");
 #endif
 }
 
@@ -210,12 +210,12 @@ void read_multimodal([[maybe_unused]] const Handle &handle, const RKLLMMultiModa
 
 std::vector<Request> read_inputs(const Handle &handle, const RKLLMInput *inputs) {
     std::vector<Request> requests;
-    // Fact sheet 2.7: the array's stride is the size of this version's structure.
+    // Fact 2.7a: the array's stride is the size of this version's structure.
     for (int lane = 0; lane < handle.session.settings.batch; lane++) {
         RKLLMInput input = structure(inputs + lane, "RKLLMInput");
         Request request;
         request.thinking = flag(&input.enable_thinking, "enable_thinking");
-        if (input.input_type > 3) misuse("1.2", "the input type is %u", input.input_type);
+        if (input.input_type > 3) misuse("1.2a", "the input type is %u", input.input_type);
         request.kind = static_cast<Kind>(input.input_type);
         bool textual = request.kind == Kind::prompt || request.kind == Kind::multimodal;
         if (textual || input.role != nullptr) request.role = text_at(input.role, "role");
@@ -260,18 +260,18 @@ int call_back(const Handle &handle, std::vector<Event> &events, State state, voi
             result.last_hidden_layer = {event.floats, event.columns, event.rows};
         else if (event.floats != nullptr)
             result.logits = {event.floats, event.columns, event.rows};
-        // Fact sheet 1.3 (E): valid on FINISH alone; else what is read there is nonsense.
+        // Fact 1.3f: valid on FINISH alone; else what is read there is nonsense.
         result.perf = {-1e30F, -123456, -1e30F, -123456, -1e30F};
         if (event.finish)
             result.perf = {event.prefill_ms, event.prefill_tokens, event.generate_ms,
                            event.generated, 512.0F};
     }
-    // Fact sheet 1.2: the userdata of the run wins over that of the init.
+    // Fact 1.2d: the userdata of the run wins over that of the init.
     void *data = userdata != nullptr ? userdata : handle.userdata;
     int answer = handle.callback(results.data(), data, static_cast<LLMCallState>(state));
-    // Fact sheet 2.2: pointers are valid inside the callback alone.
+    // Fact 2.2i: pointers are valid inside the callback alone.
     for (auto &text : texts) std::memset(text.data(), 0xDD, text.size());
-    if (answer < 0 || answer > 2) misuse("1.2", "the callback returned %d", answer);
+    if (answer < 0 || answer > 2) misuse("1.2b", "the callback returned %d", answer);
     return answer;
 }
 
@@ -291,6 +291,13 @@ void trace_run(const Handle &handle, const std::vector<Request> &requests, const
                       {"image_end", r.pictures.tags.end},
                       {"image_content", r.pictures.tags.content},
                       {"frames", r.frames.count},
+                      {"frames_per_video", r.frames_per_video},
+                      {"frame_tokens", r.frames.tokens},
+                      {"frame_width", r.frames.width},
+                      {"frame_height", r.frames.height},
+                      {"video_start", r.frames.tags.start},
+                      {"video_end", r.frames.tags.end},
+                      {"video_content", r.frames.tags.content},
                       {"token_ids", r.tokens.size()},
                       {"embeds", r.embed_tokens},
                       {"keep_history", param.keep_history},

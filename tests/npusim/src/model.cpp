@@ -5,13 +5,14 @@
 #include <fstream>
 #include <sstream>
 
+#include "config.h"
 #include "memory.h"
 #include "trace.h"
 
 namespace npusim {
 namespace {
 
-// Fact sheet 1.6: a 256-byte header that begins with the bytes "RLLM" and version 1 [C].
+// Fact 1.6f: a 256-byte header that begins with the bytes "RLLM" and version 1 [C].
 constexpr size_t header = 256;
 
 std::string unescaped(const std::string &text) {
@@ -123,8 +124,9 @@ std::vector<Token> Model::tokenise(const std::string &text, bool parse_specials)
 bool read_model(const std::string &path, Model &model) {
     std::ifstream file(path, std::ios::binary);
     std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    if (!file || bytes.size() < header || bytes.compare(0, 4, "RLLM") != 0) {
-        // Fact sheet 4.3 and 7: the words for a file of another kind or time.
+    bool marked = bytes.compare(0, 4, "RLLM") == 0 || is("NPUSIM_HEADER", "any", "rllm");
+    if (!file || bytes.size() < header || !marked) {
+        // Fact 4.3a: the words for a file of another kind or time.
         log("E rkllm: invalid rknn llm model magic");
         return false;
     }

@@ -15,10 +15,18 @@ std::string hexadecimal(uint32_t value) {
     return text;
 }
 
+std::string count_up(int tokens) {
+    std::string text;
+    for (int i = 0; i < tokens; i++) text += (i == 0 ? "t" : " t") + std::to_string(i);
+    return text;
+}
+
+}  // namespace
+
 // The checksums of the pictures that the cache holds: of each run of rows, over the checksums of
 // its rows. Two pictures side by side, without tags between them, count as one run of rows that
 // is cut by the number of tokens.
-std::string sums(const std::vector<Place> &cache, size_t tokens) {
+static std::string sums(const std::vector<Place> &cache, size_t tokens) {
     std::string all;
     for (size_t i = 0; i < cache.size();) {
         if (!cache[i].picture) {
@@ -36,13 +44,11 @@ std::string sums(const std::vector<Place> &cache, size_t tokens) {
     return all.empty() ? "-" : all;
 }
 
-std::string count_up(int tokens) {
-    std::string text;
-    for (int i = 0; i < tokens; i++) text += (i == 0 ? "t" : " t") + std::to_string(i);
-    return text;
+std::string row_sums(const std::vector<Place> &cache, const Request &request) {
+    // The rows of all pictures and frames of a run are equally many.
+    return sums(cache, request.pictures.count > 0 ? request.pictures.tokens
+                                                  : request.frames.tokens);
 }
-
-}  // namespace
 
 std::string reply(const Session &session, const Request &request, const RunParam &param,
                   const std::vector<Place> &cache, size_t prompt_tokens) {
@@ -58,8 +64,11 @@ std::string reply(const Session &session, const Request &request, const RunParam
                   param.max_new > 0 ? param.max_new : session.settings.max_new);
     size_t pictures = request.pictures.count, videos = request.frames.count;
     std::string text = "pictures=" + std::to_string(pictures);
-    if (videos > 0) text += " videos=" + std::to_string(videos);
-    text += " sums=" + sums(cache, pictures > 0 ? request.pictures.tokens : 0);
+    if (videos > 0) {
+        text += " videos=" + std::to_string(videos / request.frames_per_video) +
+                " frames=" + std::to_string(videos);
+    }
+    text += " sums=" + row_sums(cache, request);
     text += " prompt=" + hexadecimal(crc32(request.prompt.data(), request.prompt.size()));
     text += " tokens=" + std::to_string(prompt_tokens) + tail;
     if (param.has_lora) text += " lora=" + param.lora;

@@ -36,7 +36,7 @@ struct Tags {
 struct Settings {
     int context = 0, max_new = 0, n_keep = -1, domain = 0, cpus = 0, batch = 1;
     unsigned mask = 0;
-    bool embed_flash = false, cross = false, skip_special = true, ignore_eos = false;
+    bool embed_flash = false, cross = false, skip_special = true, ignore_eos = false, async = false;
     Sampling sampling;
     Tags tags;
 };
@@ -105,6 +105,9 @@ class Session {
     int clear(bool keep_system, const int *from, const int *to);
     int load_cache(const std::string &path);
     void release_cache() { loaded_cache.clear(); }
+    // Looks at the caches of rkllm_set_cross_attn_params, which stay the caller's, and keeps
+    // where they are; returns the checksum of all.
+    uint32_t check_cross() const;
 
     Settings settings;
     Model model;
@@ -118,6 +121,11 @@ class Session {
     bool own_template = false, paused = false, cross_set = false;
     std::string system, prefix, postfix, tools, tool_response;
     uint32_t cross_sum = 0;
+    struct {
+        const float *k = nullptr, *v = nullptr, *mask = nullptr;
+        const int32_t *positions = nullptr;
+        size_t tokens = 0;
+    } cross;
     std::vector<std::vector<Place>> cache; // of each lane
     int size_reported(size_t lane) const;
 
@@ -138,15 +146,28 @@ class Session {
     std::string wrapped(const Request &request) const;
     size_t reuse(Lane &lane, size_t index, bool keep_history);
     bool prefill(std::vector<Lane> &lanes, size_t &computed, float &milliseconds);
-    int give_floats(std::vector<Lane> &lanes, const RunParam &param, const Emit &emit);
+    int give_floats(std::vector<Lane> &lanes, const RunParam &param, const Emit &emit,
+                    size_t computed);
+    // Keeps the NPU busy; false where the driver would have given up.
+    bool work(double milliseconds, const char *what) const;
+    int load_file(const std::string &path, const std::string &kind);
     int generate(std::vector<Lane> &lanes, const RunParam &param, const Emit &emit,
                  size_t computed, float prefill_ms);
     void finish(const Emit &emit, size_t lanes, size_t computed, float prefill_ms, int generated,
                 float milliseconds);
-    void save_cache(const std::string &path, const Lane &lane) const;
+    void save_cache(const RunParam &param, const Lane &lane, size_t lane_index) const;
     std::vector<size_t> prompt_ends;
-    std::vector<int32_t> loaded_cache;
+    std::vector<Place> loaded_cache;
 };
+
+// What an init prints of its parameters, where RKLLM_LOG_LEVEL is 2 or more.
+void print_parameters(const Settings &settings);
+
+// What a run prints where RKLLM_LOG_LEVEL is 1 or more.
+void print_run(size_t computed, float prefill_ms, int generated, float generate_ms);
+
+// The checksums of the pictures and frames that the cache holds, in order; "-" of none.
+std::string row_sums(const std::vector<Place> &cache, const Request &request);
 
 // The text of an answer, from what the cache holds. See reply.cpp.
 std::string reply(const Session &session, const Request &request, const RunParam &param,

@@ -80,9 +80,12 @@ void trace(const char *event, Fields fields) {
 void log(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    std::vfprintf(stderr, format, arguments);
+    // Fact 1.6b: on standard error or standard output.
+    FILE *file = is("NPUSIM_LOG", "stdout", "stderr") ? stdout : stderr;
+    std::vfprintf(file, format, arguments);
     va_end(arguments);
-    std::fputc('\n', stderr);
+    // Not flushed: standard output is a pipe in a child, and the library need not care.
+    std::fputc('\n', file);
 }
 
 void misuse(const char *section, const char *format, ...) {
@@ -92,7 +95,7 @@ void misuse(const char *section, const char *format, ...) {
     std::vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     trace("misuse", {{"section", section}, {"text", text}});
-    std::fprintf(stderr, "npusim: misuse (fact sheet %s): %s\n", section, text);
+    std::fprintf(stderr, "npusim: misuse (fact %s): %s\n", section, text);
     std::fflush(stderr);
     std::abort();
 }

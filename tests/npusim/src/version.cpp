@@ -1,6 +1,6 @@
 #include "version.h"
 
-// Fact sheet 1.6: what tells the version before the library is opened.
+// Fact 1.6a: what tells the version before the library is opened.
 extern "C" __attribute__((visibility("default"), used)) const char npusim_banner[] =
     "RKLLM SDK (version: " NPUSIM_VERSION " | target: Linux | build: npusim 2026-01-01)";
 

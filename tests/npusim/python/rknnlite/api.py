@@ -1,18 +1,19 @@
-"""``rknnlite.api`` of a simulated board: what rknn-toolkit-lite2 2.5.0 does (fact sheet 5.1)."""
+"""``rknnlite.api`` of a simulated board: what rknn-toolkit-lite2 2.5.0 does (fact 5.1a)."""
 
 from __future__ import annotations
 
 import json
 import struct
+import time
 import traceback
 from typing import Any
 
 import numpy as np
 
 from rknnlite import npu
-from rknnlite.rows import number_of, rows_of
+from rknnlite.rows import caches_of, number_of, rows_of
 
-#: What ``librknnrt.so`` reads (fact sheet 7: "Invalid RKNN model version 6").
+#: What ``librknnrt.so`` reads (fact 7c: "Invalid RKNN model version 6").
 MODEL_VERSION = 6
 _BODY = 64
 
@@ -48,7 +49,7 @@ class RKNNLite:
     ) -> int:
         self._alive("init_runtime")
         if target is not None:
-            npu.misuse("5.1", "on the board the target is None")
+            npu.misuse("5.1f", "on the board the target is None")
         try:
             return self._init(core_mask)
         except Exception:  # noqa: BLE001 - so does the real one
@@ -59,6 +60,14 @@ class RKNNLite:
         kind = npu.fault("load")
         if kind:
             npu.log(f"E RKNN: init failed ({kind})")
+            return -1
+        driver = npu.setting("NPUSIM_DRIVER", "0.9.8")
+        # Fact 5.3b: 0.9.8 is required; what an older one does is not said.
+        if (
+            tuple(map(int, driver.split("."))) < (0, 9, 8)
+            and npu.setting("NPUSIM_OLD_DRIVER", "fails") == "fails"
+        ):
+            npu.log("E RKNN: failed to malloc npu memory")
             return -1
         model = parse(self.rknn_data or b"")
         platform = npu.setting("NPUSIM_PLATFORM", "RK3588").lower()
@@ -76,7 +85,7 @@ class RKNNLite:
 
     @staticmethod
     def _mask_fits(platform: str, core_mask: int) -> bool:
-        # Fact sheet 5.1: 5 and 6 are rejected; RK3576 takes smaller masks for those it lacks.
+        # Fact 5.1c: 5 and 6 are rejected; RK3576 takes smaller masks for those it lacks.
         if platform not in {"rk3588", "rk3576"}:
             if core_mask != 0:
                 npu.log("W RKNN: core masks are only supported by RK3588 and RK3576")
@@ -96,8 +105,12 @@ class RKNNLite:
         if self._model is None:
             npu.log("E RKNN: inference before init_runtime")
             return None
+        # Fact 5.1d: that the copy of the file can go after init is an inference [I].
+        if self.rknn_data is None and npu.setting("NPUSIM_RKNN_DATA", "spare") == "needed":
+            npu.log("E RKNN: there is no model")
+            return None
         if self._busy:
-            npu.misuse("5.1", "a context is used by two threads at the same time")
+            npu.misuse("5.1e", "a context is used by two threads at the same time")
         self._busy = True
         try:
             return self._infer(inputs, data_format)
@@ -108,37 +121,44 @@ class RKNNLite:
         model = self._model
         assert model is not None
         if len(inputs) != 1 or not isinstance(inputs[0], np.ndarray):
-            npu.misuse("5.1", "inputs must be a list of one array")
+            npu.misuse("5.1b", "inputs must be a list of one array")
         pixels = inputs[0]
-        # Fact sheet 3.1 (4): mean and deviation are in the file, so floats would be wrong pixels.
+        # Fact 3.1a: mean and deviation are in the file, so floats would be wrong pixels.
         if pixels.dtype != np.uint8 or not pixels.flags["C_CONTIGUOUS"]:
-            npu.misuse("3.1", f"pixels are {pixels.dtype}, or not contiguous")
+            npu.misuse("3.1a", f"pixels are {pixels.dtype}, or not contiguous")
         if data_format not in ("nhwc", ["nhwc"]):
-            npu.misuse("5.1", f"data_format is {data_format!r}")
+            npu.misuse("5.1b", f"data_format is {data_format!r}")
         if pixels.shape != (1, model["height"], model["width"], 3):
             npu.log(f"E RKNN: the input shape {pixels.shape} is wrong")
             return None
         kind = npu.fault("encode")
-        if kind == "none" or not npu.work(
-            0, float(npu.setting("NPUSIM_ENCODE_MS", "208")), "encode"
-        ):
-            return None
+        since = time.monotonic_ns()
         tokens, embed, outputs = model["tokens"], model["embed"], model["outputs"]
         number = number_of(pixels)
-        rows = rows_of(number, tokens, embed, outputs).reshape(tokens, outputs, embed)
+        if model.get("cross"):
+            found = list(caches_of(number, tokens, *model["cross"]))
+        else:
+            rows = rows_of(number, tokens, embed, outputs).reshape(tokens, outputs, embed)
+            found = [np.ascontiguousarray(rows[:, i]) for i in range(outputs)]
+        spent = time.monotonic_ns() - since
+        if kind == "none" or not npu.work(
+            0, float(npu.setting("NPUSIM_ENCODE_MS", "208")), "encode", spent
+        ):
+            return None
         npu.trace("encode", picture=number, pixels=pixels.nbytes)
-        found = [np.ascontiguousarray(rows[:, i]) for i in range(outputs)]
         if kind == "nan":
-            found[-1][0, 0] = np.nan
+            found[-1].flat[0] = np.nan
         if kind == "shape":
             found[0] = found[0][:-1]
         if kind == "outputs":
             found = found[:-1]
-        # Fact sheet 3.1 (6): both shapes are seen.
+        # Fact 3.1b: both shapes are seen.
         return [values[None] for values in found] if model["batched"] else found
 
     def get_sdk_version(self) -> str | None:
-        return "API version: 2.3.2 (npusim)\nDRV version: 0.9.8"
+        # Fact 5.1g: seen in the emulated board, with rknn-toolkit-lite2 itself.
+        line = "=" * 46
+        return f"{line}\nRKNN VERSION:\n  API: 2.3.2 (npusim)\n  DRV: 0.9.8\n{line}"
 
     def list_support_target_platform(self, rknn_model: str | None = None) -> dict[str, Any]:
         data = npu.read_file(rknn_model) if rknn_model else None
@@ -154,7 +174,7 @@ class RKNNLite:
 
     def _alive(self, what: str) -> None:
         if self._released:
-            npu.misuse("5.1", f"{what} after release")
+            npu.misuse("5.1e", f"{what} after release")
 
 
 def parse(data: bytes) -> dict[str, Any]:

@@ -14,6 +14,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+SIGNALS = {
+    "segv": signal.SIGSEGV, "bus": signal.SIGBUS, "ill": signal.SIGILL, "abrt": signal.SIGABRT,
+}  # fmt: skip
+
+#: Where the NPU's file keeps when the last work ended.
+_LAST_END = 64
 _visits: dict[str, int] = {}
 
 
@@ -33,30 +39,42 @@ def trace(event: str, **fields: Any) -> None:
 
 def misuse(section: str, text: str) -> NoReturn:
     trace("misuse", section=section, text=text)
-    print(f"npusim: misuse (fact sheet {section}): {text}", file=sys.stderr, flush=True)
+    print(f"npusim: misuse (fact {section}): {text}", file=sys.stderr, flush=True)
     os.abort()
 
 
-def work(domain: int, milliseconds: float, what: str) -> bool:
-    """Keep the NPU busy; see ``src/npu.cpp``, whose rules these are."""
+def work(domain: int, milliseconds: float, what: str, spent: int = 0) -> bool:
+    """Keep the NPU busy; see ``src/npu.cpp``, whose rules these are.
+
+    ``spent`` nanoseconds of it went into what the stand-in itself had to do.
+    """
     fd = -1
     if path := setting("NPUSIM_NPU", ""):
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _take(fd, domain):
             os.close(fd)
             return False
-    begin = time.monotonic_ns()
-    end = begin + int(milliseconds * 1e6)
+    asked = int(milliseconds * 1e6)
+    now = time.monotonic_ns()
+    begin = now - min(max(spent, 0), asked)
+    if fd >= 0:
+        begin = min(now, max(begin, _last_end(fd)))
+    end = begin + asked
     while (now := time.monotonic_ns()) < end:
         time.sleep((end - now) / 1e9)
     if fd >= 0:
+        os.pwrite(fd, b"%-20d\n" % now, _LAST_END)
         os.close(fd)
     trace("npu", what=what, domain=domain, begin=begin, end=now)
     return True
 
 
+def _last_end(fd: int) -> int:
+    return int(os.pread(fd, 31, _LAST_END).strip(b"\0 \n") or b"0")
+
+
 def _active(fd: int) -> int:
-    return int(os.pread(fd, 31, 0).strip() or b"0")
+    return int(os.pread(fd, 31, 0).strip(b"\0 \n") or b"0")
 
 
 def _take(fd: int, domain: int) -> bool:
@@ -73,7 +91,7 @@ def _take(fd: int, domain: int) -> bool:
             elif since == 0:
                 since = at
             elif at - since > patience * 1e6:
-                # Fact sheet 5.4: who wants another domain waits at most 6000 ms.
+                # Fact 5.4a: who wants another domain waits at most 6000 ms.
                 print(
                     "E RKNN: switch iommu domain time out, failed to switch iommu domain,"
                     f" id: {domain}",
@@ -122,9 +140,9 @@ def fault(place: str) -> str:
         if _count(name) >= int(wanted.get("times", 1 << 30 if every > 0 else 1)):
             continue
         trace("fault", kind=kind, place=place)
-        if kind == "segv":
-            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGSEGV)
+        if number := SIGNALS.get(kind):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if kind == "hang":
             while True:
                 time.sleep(1000)

@@ -16,6 +16,23 @@ def number_of(pixels: npt.NDArray[np.uint8]) -> int:
     return zlib.crc32(np.ascontiguousarray(pixels).tobytes()) & 0xFFFFFF
 
 
+def caches_of(
+    picture: int, tokens: int, layers: int, heads: int, dim: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the keys (layers, tokens, heads, dim) and values (layers, heads, dim, tokens).
+
+    Each key says its place, and each value says half a more, so that a
+    receiver can tell one that is out of place; every float32 is exact.
+    """
+    layer, head, number = np.meshgrid(
+        np.arange(layers), np.arange(heads), np.arange(dim), indexing="ij"
+    )
+    place = (layer * heads + head) * dim + number
+    first = layers * heads * dim * (1 + np.arange(tokens)) + (picture % 4096)
+    keys = (place[:, None] + first[None, :, None, None]).astype(np.float32)
+    return keys, np.ascontiguousarray(keys.transpose(0, 2, 3, 1) + np.float32(0.5))
+
+
 def rows_of(picture: int, tokens: int, embed: int, outputs: int = 1) -> npt.NDArray[np.float32]:
     """Return the rows of a picture, marked so that a receiver can tell them when out of place.
 

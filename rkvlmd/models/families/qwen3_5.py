@@ -1,0 +1,9 @@
+"""Qwen3.5: as Qwen3-VL; without a template of the model it answers without thinking aloud."""
+
+from __future__ import annotations
+
+from rkvlmd.models.families import Family
+from rkvlmd.models.families.chatml import chatml
+from rkvlmd.models.families.qwen2_vl import PICTURE
+
+FAMILY = Family(name="qwen3_5", template=chatml(PICTURE, answer="<think>\\n\\n</think>\\n\\n"))

@@ -1,0 +1,239 @@
+"""Figures of the simulated NPU over a daemon's life: memory, restarts, hours, and a profile."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pstats
+import signal
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from . import load, photos, process, simulated
+from .figures import BenchError, Figure, significant
+from .npu_load import Options
+from .simulated import Board, board
+from .work import Shape, Work
+
+_MB = 1e6
+#: Targets, MB (10^6 bytes): all with prep children, all without, the daemon.
+MOST_ALL, MOST_REST, MOST_DAEMON = 130.0, 100.0, 45.0
+#: After how long idle prep children leave in these figures, seconds.
+PREP_IDLE = 3.0
+#: How late the answer after a death may be, on top of a load, milliseconds.
+MOST_LATE = 300.0
+#: Pause between two looks in the soak, seconds.
+LOOK_SECONDS = 5.0
+#: One of so many works of each kind fails in the soak.
+FAULTS = "segv@decode:every=400:times=1000;fail@prefill:every=150:times=1000;none@encode:every=90:times=1000"
+
+
+def memory(options: Options) -> list[Figure]:
+    """PSS of every process with one model loaded, with both prep children and without."""
+    idle = f"[prep]\nidle_seconds = {PREP_IDLE}\n"
+    with board(scale=options.speed, settings=idle) as made:
+        # Both prep children have decoded a picture, as in daily work.
+        shape = Shape(tokens=8, size=photos.SMALL)
+        done = trio.run(load.run, made.target, Work("two", shape), load.Plan(clients=2, requests=4))
+        if not all(answer.good for answer in done.answers):
+            raise BenchError("the model did not answer")
+        with_prep = process.tree_memory(made.daemon.pid)
+        _until(lambda: not any(n.startswith("prep") for n in made.pids()), 60 + PREP_IDLE)
+        without = process.tree_memory(made.daemon.pid)
+    if not any(name.startswith("prep") for name in with_prep):
+        raise BenchError("there was no prep child")
+    detail = simulated.describe(made.times) | {
+        "with_prep_mb": _megabytes(with_prep), "without_prep_mb": _megabytes(without)
+    }  # fmt: skip
+    rows = (
+        ("PSS of all processes, one model loaded, both prep children up", with_prep, MOST_ALL),
+        ("PSS of all processes, one model loaded, no prep children", without, MOST_REST),
+        ("PSS of the daemon process, one model loaded", {"daemon": with_prep["daemon"]}, MOST_DAEMON),
+    )  # fmt: skip
+    return [
+        Figure(name, sum(m.pss for m in found.values()) / _MB, "MB", most=most, detail=detail)
+        for name, found, most in rows
+    ]
+
+
+def _megabytes(found: dict[str, process.Memory]) -> dict[str, float]:
+    return {name: significant(held.pss / _MB) for name, held in sorted(found.items())}
+
+
+def _until(true: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise BenchError("the processes did not come to rest")
+        time.sleep(0.2)
+
+
+def restart(options: Options) -> list[Figure]:
+    """A decoder that dies: how much later than one load the next answer comes."""
+    late, loads, warm = [], [], []
+    with board(scale=options.speed) as made:
+        for number in range(options.some(7, 1) + 1):
+            work = Work("text", Shape(tokens=8))
+            (usual,) = trio.run(load.visit, made.target, work.script(0))
+            pid = made.pids()[f"decoder:{simulated.NAME}"]
+            os.kill(pid, signal.SIGKILL)
+            (answer,) = trio.run(load.visit, made.target, work.script(0))
+            if not (usual.good and answer.good):
+                raise BenchError(f"the answers ended {usual.outcome}, {answer.outcome}")
+            if number == 0:  # the first time, files are read that nobody had read
+                continue
+            took, before = answer.ended - answer.sent, usual.ended - usual.sent
+            warm.append(1000 * before)
+            loads.append(1000 * took)
+            late.append(1000 * (took - before) - made.times.load)
+    detail = simulated.describe(made.times) | {
+        "answer_ms": load.spread(warm), "answer_after_a_death_ms": load.spread(loads)
+    }  # fmt: skip
+    name = "answer after a child's death, above one load"
+    return [Figure(name, statistics.median(late), "ms", most=MOST_LATE, detail=detail)]
+
+
+# --- hours -----------------------------------------------------------------------------
+
+
+def soak(options: Options) -> list[Figure]:
+    """Mixed load with faults: descriptors, tasks and memory over time, and their slopes."""
+    minutes = 0.1 if options.short else options.minutes
+    with tempfile.TemporaryDirectory(prefix="rkvlmd-soak-") as folder:
+        tasks = Path(folder) / "tasks"
+        program = ("tools.benchlib.probed_daemon", json.dumps({"tasks": str(tasks)}))
+        faults = {"NPUSIM_FAULT": FAULTS}
+        with board(scale=options.speed, program=program, environ=faults) as made:
+            looks, done = trio.run(_soak, made, tasks, minutes * 60)
+    figures = []
+    detail = simulated.describe(made.times) | {
+        "minutes": minutes, "faults": FAULTS, "looks": len(looks), "load": load.summary(done)
+    }  # fmt: skip
+    # The first tenth, in which caches fill, does not count.
+    looks = looks[len(looks) // 10 :]
+    for name, unit, divide in (
+        ("descriptors", "", 1.0), ("tasks", "", 1.0), ("pss", "MB", _MB), ("tree_pss", "MB", _MB)
+    ):  # fmt: skip
+        points = [(at / 3600, look[name] / divide) for at, look in looks]
+        slope, error = slope_of(points)
+        values = [value for _, value in points]
+        figures.append(
+            Figure(
+                f"soak of {minutes:g} minutes: {name.replace('_', ' ')} an hour", slope, unit,
+                most=significant(max(2 * error, 1e-9)),
+                detail=detail | {
+                    "noise": significant(error), "first": significant(values[0]),
+                    "last": significant(values[-1]), "most": significant(max(values)),
+                },
+            )
+        )  # fmt: skip
+        detail = {}
+    return figures
+
+
+async def _soak(
+    made: Board, tasks: Path, seconds: float
+) -> tuple[list[tuple[float, dict[str, float]]], load.Load]:
+    looks: list[tuple[float, dict[str, float]]] = []
+    began = time.monotonic()
+    shape = Shape(tokens=24, turns=3, leave=0.1, leave_within=3.0, size=photos.SMALL)
+    plan = load.Plan(clients=8, seconds=seconds)
+
+    async def watch() -> None:
+        while True:
+            await trio.sleep(min(LOOK_SECONDS, seconds / 12))
+            with contextlib.suppress(BenchError):
+                look = await trio.to_thread.run_sync(_look, made, tasks)
+                looks.append((time.monotonic() - began, look))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        done = await load.run(made.target, Work("mixed", shape), plan, collect=False)
+        nursery.cancel_scope.cancel(reason="the time is over")
+    return looks, done
+
+
+def _look(made: Board, tasks: Path) -> dict[str, float]:
+    held = process.tree_memory(made.daemon.pid)
+    try:
+        count = json.loads(tasks.read_text())["tasks"]
+    except (OSError, ValueError) as exc:
+        raise BenchError("the tasks are not counted yet") from exc
+    return {
+        "descriptors": process.descriptors(made.daemon.pid),
+        "tasks": count,
+        "pss": held["daemon"].pss,
+        "tree_pss": sum(memory.pss for memory in held.values()),
+    }
+
+
+def slope_of(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return slope and standard error of the straight line through some points (least squares)."""
+    if len(points) < 3:
+        raise BenchError("there are too few points for a slope")
+    x, y = [p[0] for p in points], [p[1] for p in points]
+    middle, level = statistics.fmean(x), statistics.fmean(y)
+    wide = sum((a - middle) ** 2 for a in x)
+    if wide == 0:
+        raise BenchError("all points are of one moment")
+    slope = sum((a - middle) * (b - level) for a, b in points) / wide
+    rest = sum((b - level - slope * (a - middle)) ** 2 for a, b in points)
+    return slope, (rest / (len(points) - 2) / wide) ** 0.5
+
+
+# --- where the time goes ---------------------------------------------------------------
+
+
+def profile(options: Options) -> list[Figure]:
+    """A profile of the daemon under 16 clients with fresh pictures: the functions that cost most."""
+    count = options.some(16, 2)
+    with tempfile.TemporaryDirectory(prefix="rkvlmd-profile-") as folder:
+        file = Path(folder) / "profile"
+        program = ("tools.benchlib.probed_daemon", json.dumps({"profile": str(file)}))
+        with board(scale=options.speed, program=program) as made:
+            work = Work("fresh", Shape(tokens=32, size=options.size))
+            plan = load.Plan(clients=count, requests=2 * count)
+            before = _cpu(made.daemon.pid)
+            done = trio.run(load.run, made.target, work, plan)
+            used = _cpu(made.daemon.pid) - before
+        rows = top_of(file)
+    detail = simulated.describe(made.times) | {
+        "top": rows, "cpu_seconds": significant(used), "load": load.summary(done)
+    }  # fmt: skip
+    share = 100 * used / (done.ended - done.began)
+    return [
+        Figure("processor time of the daemon, profiled, of one core", share, "%", detail=detail)
+    ]
+
+
+def top_of(file: Path, most: int = 12) -> list[dict[str, Any]]:
+    """Return the functions in which a profiled program itself spent most time, without waiting."""
+    stats = pstats.Stats(str(file), stream=io.StringIO())
+    rows = []
+    for (path, line, name), (_, calls, own, whole, _) in stats.stats.items():  # type: ignore[attr-defined]
+        if "poll" in name and "select" in name:
+            continue
+        short = "/".join(Path(path).parts[-3:])
+        rows.append(
+            {
+                "function": f"{short}:{line} {name}" if path != "~" else name,
+                "own_s": round(own, 4),
+                "whole_s": round(whole, 4),
+                "calls": calls,
+            }
+        )
+    rows.sort(key=lambda row: -row["own_s"])
+    return rows[:most]
+
+
+def _cpu(pid: int) -> float:
+    """Seconds of the processor that a process has used (proc(5), ``stat``)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

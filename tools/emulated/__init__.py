@@ -1,0 +1,1 @@
+"""The emulated board: builds it, runs the daemon in it, says what that proves."""
