@@ -14,6 +14,9 @@ from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest, views
 from rkvlmd.wire import child
 
+#: How far behind the other processes of the daemon a prep child stands (nice(2)).
+NICE = 5
+
 
 class PrepRole:
     """Decodes pictures and renders prompts, one at a time."""
@@ -23,6 +26,8 @@ class PrepRole:
 
     def warm(self) -> None:
         """Import what both orders need, while the daemon is still busy with the body."""
+        # The daemon's loop and the engine come first: a picture can wait, a token cannot.
+        os.nice(NICE)
         for name in ("pictures", "render"):
             importlib.import_module(f"rkvlmd.engine.{name}")
 

@@ -79,8 +79,9 @@ def restart(options: Options) -> list[Figure]:
     """A decoder that dies: how much later than one load the next answer comes."""
     late, loads, warm = [], [], []
     with board(scale=options.speed) as made:
+        # No prompt comes twice: a content at which children die is refused.
+        work = Work("text", Shape(tokens=8))
         for number in range(options.some(7, 1) + 1):
-            work = Work("text", Shape(tokens=8))
             (usual,) = trio.run(load.visit, made.target, work.script(0))
             pid = made.pids()[f"decoder:{simulated.NAME}"]
             os.kill(pid, signal.SIGKILL)

@@ -44,16 +44,20 @@ Tables make_tables() {
 
 }  // namespace
 
-std::vector<uint8_t> copied(const void *from, size_t size, size_t alignment, const char *what) {
+void copy(const void *from, void *to, size_t size, size_t alignment, const char *what) {
     // Fact 1.4d: buffers must be alive and what the structure says that they are.
     if (from == nullptr) misuse("1.4d", "%s is NULL", what);
     if (reinterpret_cast<uintptr_t>(from) % alignment != 0)
         misuse("1.4d", "%s at %p is not aligned to %zu bytes", what, from, alignment);
-    std::vector<uint8_t> bytes(size);
-    size_t got = size == 0 ? 0 : readable(from, bytes.data(), size);
+    size_t got = size == 0 ? 0 : readable(from, to, size);
     if (got != size)
         misuse("1.4d", "%s: only %zu of %zu bytes are mapped: the call would read past the buffer",
                what, got, size);
+}
+
+std::vector<uint8_t> copied(const void *from, size_t size, size_t alignment, const char *what) {
+    std::vector<uint8_t> bytes(size);
+    copy(from, bytes.data(), size, alignment, what);
     return bytes;
 }
 

@@ -9,6 +9,7 @@
 namespace npusim {
 
 // Copies `size` bytes; a pointer that is NULL, unaligned or not mapped to its end is misuse.
+void copy(const void *from, void *to, size_t size, size_t alignment, const char *what);
 std::vector<uint8_t> copied(const void *from, size_t size, size_t alignment, const char *what);
 
 // Copies a C string. NULL is misuse.

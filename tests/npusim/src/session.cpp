@@ -128,8 +128,6 @@ std::vector<Token> Session::tokens_of(const std::string &text) {
 
 uint32_t Session::check_block(const Block &block, const char *what) const {
     auto columns = static_cast<size_t>(model.embed) * static_cast<size_t>(model.outputs);
-    auto bytes = copied(block.rows, block.count * block.tokens * columns * sizeof(float),
-                        sizeof(float), what);
     // Fact 3.4a: the positions follow from the size in pixels, so it must be the true one.
     if (model.merge > 0) {
         auto side = static_cast<size_t>(model.merge);
@@ -138,31 +136,41 @@ uint32_t Session::check_block(const Block &block, const char *what) const {
             misuse("3.4a", "%s: %zu x %zu pixels do not make %zu tokens of %zu pixels", what,
                    block.width, block.height, block.tokens, side);
     }
-    const auto *floats = reinterpret_cast<const float *>(bytes.data());
     auto embed = static_cast<size_t>(model.embed);
     // Rows that nobody has marked, such as those of a probe, cannot be told to be wrong.
-    bool marked = false;
-    for (size_t part = 0; part < block.count * block.tokens * columns / embed; part++)
-        marked = marked || (floats[part * embed] >= 7000 && floats[part * embed] < 7016);
+    bool marked = false, wrong = false;
+    size_t wrong_row = 0, wrong_output = 0;
+    uint32_t whole = 0;
+    float picture = 0;
+    // Row by row: a picture has megabytes of them, and the caller's memory is measured too.
+    std::vector<float> floats(columns);
     for (size_t row = 0; row < block.count * block.tokens; row++) {
+        copy(block.rows + row * columns, floats.data(), columns * sizeof(float), sizeof(float), what);
+        whole = crc32(floats.data(), columns * sizeof(float), whole);
+        if (row % block.tokens == 0) picture = floats[1];
         for (size_t output = 0; output < columns / embed; output++) {
-            const float *part = floats + row * columns + output * embed;
+            const float *part = floats.data() + output * embed;
+            marked = marked || (part[0] >= 7000 && part[0] < 7016);
             for (size_t i = 0; i < embed; i++) {
                 if (!std::isfinite(part[i])) misuse("2.10c", "%s: a value is no number", what);
             }
-            if (!model.signed_rows || !marked) continue;
+            if (!model.signed_rows) continue;
             // Fact 3.1c: row i holds output 0, 1, ... of token i, one after the other.
             // The encoder stand-in marks each part with its output, picture, row and checksum.
             uint32_t sum = crc32(part + 4, (embed - 4) * sizeof(float)) & 0xFFFFFF;
             auto index = static_cast<float>(row % block.tokens);
-            float picture = floats[(row - row % block.tokens) * columns + 1];
-            if (part[0] != 7000.0F + static_cast<float>(output) || part[1] != picture ||
-                part[2] != index || part[3] != static_cast<float>(sum))
-                misuse("3.1c", "%s: row %zu, output %zu is not where it belongs: wrong stride, a "
-                       "missing output, or a buffer that was freed", what, row, output);
+            if (!wrong && (part[0] != 7000.0F + static_cast<float>(output) || part[1] != picture ||
+                           part[2] != index || part[3] != static_cast<float>(sum))) {
+                wrong = true;
+                wrong_row = row;
+                wrong_output = output;
+            }
         }
     }
-    return crc32(bytes.data(), bytes.size());
+    if (marked && wrong)
+        misuse("3.1c", "%s: row %zu, output %zu is not where it belongs: wrong stride, a missing "
+               "output, or a buffer that was freed", what, wrong_row, wrong_output);
+    return whole;
 }
 
 uint32_t Session::check_cross() const {
