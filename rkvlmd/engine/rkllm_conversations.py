@@ -23,7 +23,8 @@ from rkvlmd.wire.prefix import BLOCK, TOKEN_BYTES, Chain
 MOST = 64
 #: Tokens that the name of a block stands for.
 TOKENS = BLOCK // TOKEN_BYTES
-#: Runs in a row after which nothing was saved, until it is not tried any more.
+#: Runs in a row that saved nothing, or that computing would have beaten, until it is not tried
+#: any more: one slow restore on a busy machine proves nothing.
 STRIKES = 3
 #: How fast averages forget.
 _NEW = 0.3
@@ -52,6 +53,7 @@ class Seconds:
 
     prefill: float | None = None
     restore: float | None = None
+    lost: int = 0  # restores in a row that computing would have beaten
 
     @staticmethod
     def _mix(before: float | None, now: float) -> float:
@@ -64,14 +66,15 @@ class Seconds:
 
     def restored(self, tokens: int, seconds: float) -> None:
         """So many tokens came from a file; loading and saving took this time."""
-        self.restore = self._mix(self.restore, seconds / max(1, tokens))
+        cost = seconds / max(1, tokens)
+        self.restore = self._mix(self.restore, cost)
+        won = self.prefill is None or cost < self.prefill
+        self.lost = 0 if won else self.lost + 1
 
     @property
     def pays(self) -> bool:
         """Whether a file is faster than computing, as far as is known."""
-        if self.prefill is None or self.restore is None:
-            return True
-        return self.restore < self.prefill
+        return self.lost < STRIKES
 
 
 @dataclass(eq=False)

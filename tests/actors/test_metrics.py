@@ -224,7 +224,8 @@ async def test_a_job_tells_how_long_its_phase_lasts(tmp_path: Path) -> None:
                 job.abandon("cancelled")
             await house.scheduler.wait_empty()
             status = house.status()
-    assert status["lease"]["busy_seconds"] > 0
+    assert status["lease"]["busy_seconds"] == round(house.tools.lease.busy_seconds, 3)
+    assert house.tools.lease.busy_seconds > 0
     assert status["tokens"] == {"prompt": 0, "cached": 0, "generated": 0}
 
 
