@@ -63,12 +63,8 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
 
     """
     entry = tools.residency.entry(job.model)
-    videos.check(job, entry, tools.residency.decoder_info(job.model))
     with ExitStack() as stack:
-        job.count_pixels, job.count_bytes = slot.add_pixels, slot.add_bytes
-        frames = await videos.expand(job, slot, entry, tools, stack)
-        pictures = await prepare.pictures(job, entry, tools, stack, frames.files)
-        pictures = videos.grouped(job, pictures, frames, entry)
+        pictures = await videos.pictures(job, slot, entry, tools, stack)
         slot.resize(job.text_bytes)
         crash_key = content_key(job.request.turns, (p.sha256 for p in pictures))
         tools.crashes.check(crash_key)

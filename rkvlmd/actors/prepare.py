@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rkvlmd.actors.blobs import Blob
     from rkvlmd.actors.job import Job
     from rkvlmd.actors.pipeline import Tools
-    from rkvlmd.messages import PictureSource, Turn
+    from rkvlmd.messages import PictureSource, Turn, VideoSource
     from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
@@ -138,6 +138,30 @@ async def pictures(
     return [found[index] for index in range(len(sources))]
 
 
+async def source_file(
+    job: Job,
+    source: PictureSource | VideoSource,
+    tools: Tools,
+    what: Literal["picture", "video"],
+    most: int | None = None,
+) -> tuple[Blob, Any, int]:
+    """Return what the client sent or named as a memory file, its encoding, and bytes to give back.
+
+    A download counts against the job's slot until its prep child is done: the
+    caller calls ``job.count_bytes`` with the last number, negative. ``most``
+    bytes are fetched, by default as of a picture.
+    """
+    if source.kind != "url":
+        return await blobs.from_text(source.data, what), source.kind, 0
+    began = trio.current_time()
+    job.phase = "fetching"
+    data = await tools.fetcher.fetch(source.data, source.field, what=what, most=most)
+    job.phase = "preparing"
+    job.spent("fetch", began)
+    job.count_bytes(len(data))
+    return await blobs.from_bytes(data, what), "raw", len(data)
+
+
 async def _picture(
     job: Job, source: PictureSource, entry: Entry, tools: Tools, file: Blob | None
 ) -> Picture:
@@ -147,19 +171,8 @@ async def _picture(
     try:
         if file is not None:
             blob, encoding = file, "raw"
-        elif source.kind == "url":
-            began = trio.current_time()
-            job.phase = "fetching"
-            data = await tools.fetcher.fetch(source.data, source.field)
-            job.phase = "preparing"
-            job.spent("fetch", began)
-            job.count_bytes(len(data))
-            held = len(data)
-            blob = await blobs.from_bytes(data, "picture")
-            del data
-            encoding = "raw"
         else:
-            blob = await blobs.from_text(source.data, "picture")
+            blob, encoding, held = await source_file(job, source, tools, "picture")
         plain = plain_of(entry)
 
         def build(number: int) -> wire.Picture:

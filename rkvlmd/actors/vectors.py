@@ -49,12 +49,8 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
     """
     entry = tools.residency.entry(job.model)
     how = check(job, entry)
-    videos.check(job, entry, tools.residency.decoder_info(job.model))
     with ExitStack() as stack:
-        job.count_pixels, job.count_bytes = slot.add_pixels, slot.add_bytes
-        frames = await videos.expand(job, slot, entry, tools, stack)
-        pictures = await prepare.pictures(job, entry, tools, stack, frames.files)
-        pictures = videos.grouped(job, pictures, frames, entry)
+        pictures = await videos.pictures(job, slot, entry, tools, stack)
         turns = job.request.turns
         # What the answer will hold is paid for before there is any of it.
         assert isinstance(job.request, EmbeddingsRequest)

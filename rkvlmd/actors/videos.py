@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from rkvlmd.actors import blobs, prepare
+from rkvlmd.actors import prepare
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.actors.prep import PrepDiedError
 from rkvlmd.errors import RkvlmdError
@@ -110,6 +110,24 @@ def check(job: Job, entry: Entry, info: dict[str, Any]) -> None:
             )
 
 
+async def pictures(
+    job: Job, slot: Slot, entry: Entry, tools: Tools, stack: ExitStack
+) -> list[Picture]:
+    """Prepare the pictures of a job, its videos' frames among them.
+
+    Pixels and bytes count against ``slot`` from here on.
+
+    Raises:
+      RkvlmdError: the first bad one, with its field; or what the model cannot take.
+
+    """
+    check(job, entry, tools.residency.decoder_info(job.model))
+    job.count_pixels, job.count_bytes = slot.add_pixels, slot.add_bytes
+    found = await expand(job, slot, entry, tools, stack)
+    prepared = await prepare.pictures(job, entry, tools, stack, found.files)
+    return grouped(job, prepared, found, entry)
+
+
 async def expand(job: Job, slot: Slot, entry: Entry, tools: Tools, stack: ExitStack) -> Frames:
     """Sample all videos and put their frames into the request.
 
@@ -156,21 +174,9 @@ async def _sample(job: Job, source: VideoSource, entry: Entry, tools: Tools) -> 
     encoding: Any = source.kind
     held = 0
     try:
-        if source.kind == "url":
-            began = trio.current_time()
-            job.phase = "fetching"
-            data = await tools.fetcher.fetch(
-                source.data, source.field, what="video", most=media.max_video_bytes
-            )
-            job.phase = "preparing"
-            job.spent("fetch", began)
-            job.count_bytes(len(data))
-            held = len(data)
-            blob = await blobs.from_bytes(data, "video")
-            del data
-            encoding = "raw"
-        else:
-            blob = await blobs.from_text(source.data, "video")
+        blob, encoding, held = await prepare.source_file(
+            job, source, tools, "video", media.max_video_bytes
+        )
         manifest = entry.manifest
         plain = prepare.plain_of(entry)
 

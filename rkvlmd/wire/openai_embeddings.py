@@ -10,13 +10,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import EmbeddingsRequest, Usage
 from rkvlmd.settings import Settings
-from rkvlmd.wire import strict_json
 from rkvlmd.wire.keep_alive import keep_alive
 from rkvlmd.wire.openai_content import Content
-from rkvlmd.wire.openai_fields import Fields, invalid
+from rkvlmd.wire.openai_fields import invalid, of_body
 from rkvlmd.wire.openai_params import MOST_UNKNOWN, UNKNOWN_CHARACTERS
 from rkvlmd.wire.openai_parse import MODEL_CHARACTERS
 from rkvlmd.wire.urgency import LONGEST_TIMEOUT, priority
@@ -37,17 +35,12 @@ def parse_embeddings(body: bytes, settings: Settings) -> EmbeddingsRequest:
       RkvlmdError: a 400 whose ``param`` is the JSON path of the field at fault.
 
     """
-    tree = strict_json.decode(
-        body, max_depth=settings.http.max_json_depth, max_values=settings.http.max_json_values
-    )
-    if not isinstance(tree, dict):
-        raise RkvlmdError("invalid_request", "The request body must be a JSON object.")
-    fields = Fields(tree)
+    fields = of_body(body, settings)
     content = Content(settings)
     turns = content.inputs(fields.get("input"), "input")
     unknown = sorted(
         name[:UNKNOWN_CHARACTERS]
-        for name, value in tree.items()
+        for name, value in fields.values.items()
         if value is not None and name not in READ and name not in SILENT
     )
     return EmbeddingsRequest(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.settings import Settings
+from rkvlmd.wire import strict_json
 
 INT64 = 1 << 63
 
@@ -83,3 +85,18 @@ def _range(least: int, most: int) -> str:
     if most == INT64 - 1:
         return f"must be at least {least}." if least >= 0 else "must fit in 64 bits."
     return f"must be from {least} to {most}."
+
+
+def of_body(body: bytes, settings: Settings) -> Fields:
+    """Return the fields of a request body, within ``http.max_json_depth`` and ``_values``.
+
+    Raises:
+      RkvlmdError: ``invalid_json``, or it is no object.
+
+    """
+    tree = strict_json.decode(
+        body, max_depth=settings.http.max_json_depth, max_values=settings.http.max_json_values
+    )
+    if not isinstance(tree, dict):
+        raise RkvlmdError("invalid_request", "The request body must be a JSON object.")
+    return Fields(tree)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import ChatRequest, Sampling
 from rkvlmd.settings import Settings
-from rkvlmd.wire import strict_json
 from rkvlmd.wire.keep_alive import keep_alive
 from rkvlmd.wire.openai_content import Content
-from rkvlmd.wire.openai_fields import INT64, Fields, invalid
+from rkvlmd.wire.openai_fields import INT64, Fields, invalid, of_body
 from rkvlmd.wire.openai_params import sort_out
 from rkvlmd.wire.urgency import LONGEST_TIMEOUT, priority
 
@@ -30,12 +28,7 @@ def parse_chat(body: bytes, settings: Settings) -> ChatRequest:
       RkvlmdError: a 400 whose ``param`` is the JSON path of the field at fault.
 
     """
-    tree = strict_json.decode(
-        body, max_depth=settings.http.max_json_depth, max_values=settings.http.max_json_values
-    )
-    if not isinstance(tree, dict):
-        raise RkvlmdError("invalid_request", "The request body must be a JSON object.")
-    fields = Fields(tree)
+    fields = of_body(body, settings)
     ignored, unknown = sort_out(fields)
     content = Content(settings)
     turns = content.messages(fields.get("messages"))

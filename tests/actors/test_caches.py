@@ -285,7 +285,7 @@ async def test_a_download_counts_until_it_is_decoded(tmp_path: Path) -> None:
             return super().sha256()
 
     class Fetcher:
-        async def fetch(self, url: str, field: str) -> bytes:
+        async def fetch(self, url: str, field: str, **_: object) -> bytes:
             await trio.lowlevel.checkpoint()
             return b"x" * 600
 
