@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import selectors
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
+from rkvlmd import throwaway
 from rkvlmd.ctl import chat, render
 from rkvlmd.ctl.client import CtlError
 
 #: The pictures of the package and what is asked about them.
 FOLDER = Path(__file__).parent / "data" / "demo"
 INDEX = "index.json"
-#: Longest wait for the daemon to listen, seconds: a cold start on a slow card.
-START_SECONDS = 60.0
-#: Longest wait for it to leave, seconds; after that it is killed.
-STOP_SECONDS = 45.0
 _MAX_FILE_BYTES = 4 << 20
 _INTERRUPTED = 130
 #: The stages of ``timings``, in the order in which they happen, and what people call them.
@@ -64,7 +56,7 @@ def main(folder: Path = FOLDER, command: Sequence[str] = (sys.executable, "-m", 
         scenes = read_index(folder)
         with tempfile.TemporaryDirectory(prefix="rkvlmd-demo-") as scratch:
             _show(scenes, command, Path(scratch))
-    except (DemoError, CtlError) as exc:
+    except (DemoError, throwaway.ThrowawayError, CtlError) as exc:
         print(f"rkvlmd demo: {render.plain(str(exc))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -113,16 +105,15 @@ def _scene(folder: Path, number: int, entry: Any) -> Scene:
 
 
 def _show(scenes: Sequence[Scene], command: Sequence[str], scratch: Path) -> None:
-    started = time.monotonic()
     print("Starting a throw-away daemon with the demo model ...", flush=True)
-    with running(command, scratch) as (address, log):
-        print(f"It listens after {_ms(time.monotonic() - started)}.")
-        endpoint = chat.Chat(address)
+    with throwaway.running(command, scratch) as daemon:
+        print(f"It listens after {_ms(daemon.ready_seconds)}.")
+        endpoint = chat.Chat(daemon.address)
         try:
             for scene in scenes:
                 _ask(endpoint, scene)
         except CtlError as exc:
-            raise DemoError(f"{exc.message}{_last_words(log)}") from exc
+            raise DemoError(f"{exc.message}{throwaway.last_words(daemon.log)}") from exc
     print("\nThe daemon has stopped. To keep one running: rkvlmd")
 
 
@@ -168,83 +159,3 @@ def stages(timings: Any) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
-
-
-@contextmanager
-def running(command: Sequence[str], scratch: Path) -> Iterator[tuple[str, Path]]:
-    """Run a daemon inside the block; give its HTTP address and its log.
-
-    It gets its own sockets and folders below ``scratch``, reads no settings
-    of this machine, and is stopped with SIGTERM.
-
-    Raises:
-      DemoError: it did not come up, or did not end as it should.
-
-    """
-    config, log = scratch / "rkvlmd.toml", scratch / "log"
-    config.write_text("")
-    options = ["--config", str(config), "--http", "127.0.0.1:0"]
-    options += ["--control", str(scratch / "control.sock")]
-    options += ["--state", str(scratch / "state"), "--models", str(scratch / "models")]
-    with log.open("wb") as errors:
-        try:
-            daemon = subprocess.Popen(
-                [*command, *options],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                process_group=0,  # a terminal's Ctrl-C comes to us alone, and we stop it in order
-            )
-        except OSError as exc:
-            raise DemoError(f"the daemon cannot be started: {exc.strerror}") from exc
-    assert daemon.stdout is not None
-    try:
-        with daemon.stdout:
-            yield _address(daemon.stdout, log), log
-            daemon.terminate()
-            _wait(daemon)
-        if daemon.returncode != 0:
-            message = f"the daemon ended with status {daemon.returncode}{_last_words(log)}"
-            raise DemoError(message)
-    finally:
-        if daemon.poll() is None:
-            daemon.terminate()
-            _wait(daemon)
-
-
-def _wait(daemon: subprocess.Popen[bytes]) -> None:
-    try:
-        daemon.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        daemon.kill()
-        daemon.wait()
-
-
-def _address(stdout: IO[bytes], log: Path) -> str:
-    """Wait for the line that ends in ``listening on ADDRESS``; return the address."""
-    deadline = time.monotonic() + START_SECONDS
-    said = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(stdout, selectors.EVENT_READ)
-        while b"\n" not in said:
-            if not selector.select(max(deadline - time.monotonic(), 0)):
-                what = f"did not listen within {START_SECONDS:.0f} s"
-                raise DemoError(f"the daemon {what}{_last_words(log)}")
-            data = os.read(stdout.fileno(), 4096)
-            if not data:
-                raise DemoError(f"the daemon did not start{_last_words(log)}")
-            said += data
-    line = said.partition(b"\n")[0].decode(errors="replace")
-    _, found, address = line.rpartition("listening on ")
-    if not found:
-        raise DemoError(f"the daemon said {line[:200]!r} instead of its address")
-    return address.strip()
-
-
-def _last_words(log: Path) -> str:
-    """Return the end of the daemon's log, to be put after a sentence."""
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return "; its last words:\n" + "\n".join(f"  {line}" for line in lines[-8:]) if lines else ""

@@ -17,7 +17,7 @@ FLOORS = {
     "board": 1, "models": 1, "wire": 1,
     "actors": 2, "engine": 2, "ctl": 2,
     "front": 3,
-    "__main__": 4, "daemon": 4, "demo": 4, "reload": 4,
+    "__main__": 4, "daemon": 4, "demo": 4, "reload": 4, "throwaway": 4,
 }  # fmt: skip
 
 #: Floors whose parts may import each other.
@@ -49,6 +49,7 @@ NEVER = {
     "front": HEAVY | {"anyio", "asyncio", "multiprocessing", "httpx", "requests"},
     "daemon": HTTP | HEAVY | {"anyio", "asyncio", "multiprocessing"},
     "demo": HTTP | HEAVY | {"anyio", "asyncio", "multiprocessing"},
+    "throwaway": LOOPS | HTTP | HEAVY | {"multiprocessing", "threading"},
     "reload": HTTP | HEAVY | {"anyio", "asyncio", "multiprocessing"},
     "__main__": HTTP | HEAVY | {"anyio", "asyncio", "multiprocessing"},
 }

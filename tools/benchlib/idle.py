@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rkvlmd import throwaway
 from rkvlmd.ctl.client import Client
 
 from . import process
@@ -128,7 +129,7 @@ def _command(arguments: list[str]) -> tuple[float, float]:
         cwd=process.ROOT,
         check=True,
         stdout=subprocess.DEVNULL,
-        timeout=process.START_SECONDS,
+        timeout=throwaway.START_SECONDS,
     )
     return _children_cpu() - before, time.monotonic() - began
 

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import os
-import selectors
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+
+from rkvlmd import throwaway
 
 from .figures import BenchError
 
 #: The repository; the daemon is started from it.
 ROOT = Path(__file__).resolve().parents[2]
-#: Longest wait for the daemon to listen, and to leave after SIGTERM, seconds.
-START_SECONDS = 60.0
-STOP_SECONDS = 45.0
-#: Most bytes of a log that an error shows.
-_LOG_BYTES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,68 +63,15 @@ def running(
 
     """
     with tempfile.TemporaryDirectory(prefix="rkvlmd-bench-") as folder:
-        scratch = Path(folder)
-        control, log = scratch / "control.sock", scratch / "log"
-        (scratch / "rkvlmd.toml").write_text(settings)
         command = [sys.executable, "-m", *program]
-        command += ["--config", str(scratch / "rkvlmd.toml"), "--http", "127.0.0.1:0"]
-        command += ["--control", str(control), "--state", str(scratch / "state")]
-        command += ["--models", str(models or scratch / "models")]
-        with log.open("wb") as errors:
-            began = time.monotonic()
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=None if environ is None else dict(environ),
-            )
-        assert process.stdout is not None
         try:
-            with process.stdout:
-                address = _address(process.stdout, log)
-                ready = time.monotonic() - began
-                host, _, port = address.removeprefix("http://").rpartition(":")
-                yield Daemon(process.pid, host, int(port), control, ready)
-            _stop(process)
-            if process.returncode != 0:
-                raise BenchError(f"the daemon ended with {process.returncode}{_tail(log)}")
-        finally:
-            if process.poll() is None:
-                _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _address(stdout: IO[bytes], log: Path) -> str:
-    deadline = time.monotonic() + START_SECONDS
-    said = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(stdout, selectors.EVENT_READ)
-        while b"\n" not in said:
-            if not selector.select(max(deadline - time.monotonic(), 0)):
-                raise BenchError(f"the daemon did not listen in time{_tail(log)}")
-            if not (data := os.read(stdout.fileno(), 4096)):
-                raise BenchError(f"the daemon did not start{_tail(log)}")
-            said += data
-    line = said.partition(b"\n")[0].decode(errors="replace")
-    _, found, address = line.rpartition("listening on ")
-    if not found:
-        raise BenchError(f"the daemon said {line[:200]!r} instead of its address")
-    return address.strip()
-
-
-def _tail(log: Path) -> str:
-    text = log.read_text(errors="replace").strip()
-    return f"; its log ends:\n{text[-_LOG_BYTES:]}" if text else ""
+            with throwaway.running(
+                command, Path(folder), models=models, settings=settings, environ=environ, cwd=ROOT
+            ) as daemon:
+                host, _, port = daemon.address.removeprefix("http://").rpartition(":")
+                yield Daemon(daemon.pid, host, int(port), daemon.control, daemon.ready_seconds)
+        except throwaway.ThrowawayError as exc:
+            raise BenchError(str(exc)) from exc
 
 
 def memory(pid: int) -> Memory:
