@@ -116,6 +116,19 @@ async def test_a_request_that_would_start_after_its_deadline(tmp_path: Path) -> 
         assert house.scheduler.gate.refusals == {"late": 1}
 
 
+async def test_the_owner_may_want_late_requests_all_the_same(tmp_path: Path) -> None:
+    async with quick_house(tmp_path, "a", queue={"refuse_late": False}) as house:
+        for _ in range(50):
+            house.scheduler.gate.served(10.0)
+        with trio.fail_after(20):
+            async with house.tools.lease.hold("test", "a"):
+                jobs = {"one": await waiting(house, "10.0.0.1", timeout=100.0)}
+                jobs["late"] = submit(house, chat(timeout=15.0, model="a"), "10.0.0.2")
+                await until_phase(house, jobs["late"], "waiting")
+            assert await order(house, jobs) == ["one", "late"]
+        assert house.scheduler.gate.refusals == {}
+
+
 async def test_the_text_of_a_request_counts_as_long_as_it_is_held(tmp_path: Path) -> None:
     async with quick_house(tmp_path, "a") as house:
         with trio.fail_after(20):
