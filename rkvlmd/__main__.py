@@ -8,6 +8,7 @@ import errno
 import faulthandler
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -150,6 +151,7 @@ def _run(settings: Settings, reread: Callable[[], Settings]) -> int:
     set_up_log(settings.log.level)
     for line in effective(settings):
         log.info("setting %s", line)
+    raise_descriptors()
     try:
         trio.run(partial(daemon.main, settings, announce=_announce, reread=reread))
     except KeyboardInterrupt:
@@ -157,6 +159,20 @@ def _run(settings: Settings, reread: Callable[[], Settings]) -> int:
     except (Exception, BaseExceptionGroup) as exc:  # noqa: BLE001 - becomes the exit status
         return _failed(exc)
     return OK
+
+
+def raise_descriptors() -> None:
+    """Raise the soft limit of open files to the hard one, at most ``DESCRIPTORS``.
+
+    Each waiting client, picture and set of rows takes one, and the NPU's
+    libraries take one a buffer; the usual soft limit is 1024. Children inherit it.
+    """
+    from rkvlmd.board.memory import DESCRIPTORS
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _announce(address: str) -> None:

@@ -17,7 +17,7 @@ LIVE: frozenset[str] = frozenset(
         " keep_alive_max_seconds",
         "media": "remote allow max_images max_image_bytes max_pixels min_side max_aspect"
         " fetch_seconds max_redirects exact",
-        "prep": "children idle_seconds memory_bytes job_seconds",
+        "prep": "children idle_seconds memory_bytes job_seconds prompt_wait_seconds",
         "queue": "max_jobs max_jobs_per_client max_bytes max_pixels max_embedding_bytes job_seconds refuse_late age_seconds"
         " max_jumps interactive_clients batch_clients drain_retry_seconds",
         "engine": "hello_seconds load_seconds load_bytes_per_second beat_seconds"

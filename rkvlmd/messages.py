@@ -64,10 +64,14 @@ class VideoPart:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of the conversation, its parts in order."""
+    """One message of the conversation, its parts in order.
+
+    ``thought`` is what the assistant thought before it, as the client sent it back.
+    """
 
     role: Role
     parts: tuple[TextPart | PicturePart | VideoPart, ...]
+    thought: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,9 @@ class ChatRequest:
     ``ignored`` names known parameters that have no effect here, ``unknown``
     the fields that nobody knows. ``timeout`` is the client's own deadline,
     ``priority`` the class that it asks for, ``keep_alive`` how long the model
-    shall stay loaded after it (seconds, ``inf`` for ever).
+    shall stay loaded after it (seconds, ``inf`` for ever). ``thinking`` turns
+    thoughts on or off (``None``: as the model has it), ``thinking_asked`` are
+    the fields that said so; ``thoughts``: they are part of the answer.
     """
 
     turns: tuple[Turn, ...]
@@ -140,6 +146,9 @@ class ChatRequest:
     keep_alive: float | None = None
     ignored: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    thinking: bool | None = None
+    thinking_asked: tuple[str, ...] = ()
+    thoughts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,8 @@ class EmbeddingsRequest(ChatRequest):
 class Usage:
     """Token counts of one job; ``image_tokens`` are part of ``prompt_tokens``.
 
+    ``reasoning_tokens`` are those of ``completion_tokens`` that are thoughts.
+
     ``estimated`` is true where the engine cannot count (RKLLM without a
     tokenizer file).
     """
@@ -166,6 +177,7 @@ class Usage:
     cached_tokens: int = 0
     image_tokens: int = 0
     estimated: bool = False
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +254,7 @@ class ModelView:
     used, ``None`` where nothing is planned. ``pinned``: only ``unpin`` lets it go.
     ``adapters`` are offered as ``NAME:ADAPTER``; the view of one of those has
     the model's name as ``parent``. ``makes`` is what a request may ask for,
-    ``video`` whether it may show videos.
+    ``video`` whether it may show videos, ``thinking`` whether it may think aloud.
     """
 
     name: str
@@ -266,3 +278,4 @@ class ModelView:
     parent: str = ""
     makes: tuple[Literal["text", "embeddings"], ...] = ("text",)
     video: bool = False
+    thinking: bool = False

@@ -140,6 +140,10 @@ class PrepSettings:
     idle_seconds: float = key(60.0, "an idle child leaves after this", "seconds", least=0)
     memory_bytes: int = key(768 << 20, "address space of one child", "bytes", least=256 << 20)
     job_seconds: float = key(20.0, "time for one picture or prompt", "seconds", least=0.1)
+    prompt_wait_seconds: float = key(
+        1.0, "a prompt waits this long for the child that has the tokenizer; then any child loads it",
+        "seconds", least=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class Channel:
         self._decoder = frames.FrameDecoder()
         self._messages: deque[frames.Message] = deque()
         self._fds: deque[int] = deque()
+        #: Whether the child left something unread that was sent to it: it was gone before.
+        self.unread = False
 
     async def send(self, message: wire.ToChild, fds: Sequence[int] = ()) -> None:
         """Send one frame; the descriptors stay ours.
@@ -47,12 +49,25 @@ class Channel:
         built = wire.build(message)
         built["fds"] = len(fds)
         data = memoryview(frames.encode(built))
-        async with self._sending:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # Almost always nobody else sends and there is room, so the order goes now: trio's lock
+        # and socket would let other tasks go first, while the child waits.
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
             with trio.CancelScope(shield=True):
-                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                sent = await self._socket.sendmsg([data], ancillary if fds else [])
+                try:
+                    sent = self._raw.sendmsg([data], rights)
+                except BlockingIOError:
+                    sent = await self._socket.sendmsg([data], rights)
                 while sent < len(data):
                     sent += await self._socket.send(data[sent:])
+                await trio.lowlevel.checkpoint()
+        finally:
+            self._sending.release()
 
     async def receive(self) -> tuple[wire.FromChild, list[int]] | None:
         """Return the next message and its descriptors, which are now the caller's.
@@ -72,6 +87,8 @@ class Channel:
             except BlockingIOError:
                 continue
             except ConnectionError:
+                # Linux says so at the other end when a Unix socket is closed with bytes in it.
+                self.unread = True
                 return None
             for level, kind, payload in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

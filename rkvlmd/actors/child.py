@@ -35,16 +35,26 @@ class ChildDiedError(Exception):
     """The child process ended, or was ended.
 
     ``planned`` says that the daemon decided on it; such an end does not count
-    against the restart budget. ``last_words`` is the end of what it printed:
-    for logs and for the owner, never for a client.
+    against the restart budget. ``at_work``: it had read the latest order, so
+    that may be at fault. ``last_words`` is the end of what it printed: for logs
+    and for the owner, never for a client.
     """
 
-    def __init__(self, name: str, how: str, last_words: str, *, planned: bool) -> None:
+    def __init__(
+        self, name: str, how: str, last_words: str, *, planned: bool, at_work: bool = True
+    ) -> None:
         super().__init__(f"{name} ended: {how}")
         self.name = name
         self.how = how
         self.last_words = last_words
         self.planned = planned
+        self.at_work = at_work
+
+    def before(self) -> ChildDiedError:
+        """Return the same for an order that never reached it."""
+        return ChildDiedError(
+            self.name, self.how, self.last_words, planned=self.planned, at_work=False
+        )
 
 
 class ChildWedgedError(Exception):
@@ -130,7 +140,10 @@ class Child:
                 self._channel.close()
             self.due = self.beat_at = math.inf
             planned = self._killed_for is not None or how == "stopped"
-            self.death = ChildDiedError(self.name, how, self.last_words, planned=planned)
+            at_work = self._channel is None or not self._channel.unread
+            self.death = ChildDiedError(
+                self.name, how, self.last_words, planned=planned, at_work=at_work
+            )
             self.dead.set()
             self._inbox.close()
             self._drop_inbox()
@@ -228,11 +241,11 @@ class Child:
 
         """
         if not self.alive or self._channel is None:
-            raise await self.wait_death()
+            raise (await self.wait_death()).before()
         try:
             await self._channel.send(message, fds)
         except (OSError, trio.ClosedResourceError):
-            raise await self.wait_death() from None
+            raise (await self.wait_death()).before() from None
 
     async def receive(self) -> tuple[wire.FromChild, list[int]]:
         """Return the next message that is no beat, and its descriptors.

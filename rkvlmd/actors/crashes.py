@@ -1,4 +1,4 @@
-"""Requests that killed a child: twice, and they are refused for a while."""
+"""Requests at whose work a child died: twice, and they are refused for a while."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class CrashMemory:
         return len(self._deaths)
 
     def note(self, key: str, deaths: int = 1) -> None:
-        """This content has killed a child, or several."""
+        """Children died while they worked on this content: so many, or none."""
+        if not deaths:
+            return
         count, _ = self._deaths.pop(key, (0, 0.0))
         self._deaths[key] = (count + deaths, trio.current_time() + self._refuse)
         while len(self._deaths) > MOST:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -33,16 +33,21 @@ class Rows:
 
 
 class EmbeddingCache:
-    """Least recently used rows leave first, those that a job waits for last of all.
+    """The least recently used rows leave first, then those that the last job waits for.
 
-    What callers hold is their own. ``bytes`` never exceeds the budget.
+    Claimed rows stay. What callers hold is their own. ``bytes`` never exceeds
+    the budget.
     """
 
     def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
         self._rows: OrderedDict[str, Rows] = OrderedDict()
+        #: Those that came first stand first.
         self._wanted: Counter[str] = Counter()
+        self._claims: Counter[str] = Counter()
+        self._claimed_bytes = 0
         self._flights: dict[str, trio.Event] = {}
+        self._leaving: list[Rows] = []
         self.bytes = 0
         self.hits = 0
         self.misses = 0
@@ -52,6 +57,10 @@ class EmbeddingCache:
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows or key in self._flights
+
+    def has(self, key: str) -> bool:
+        """Whether these rows are here now."""
+        return key in self._rows
 
     def keeps(self, size: int) -> bool:
         """Whether rows of so many bytes are kept at all."""
@@ -87,16 +96,65 @@ class EmbeddingCache:
         return rows, False
 
     def put(self, key: str, rows: Rows) -> None:
-        """Keep a second owner of the rows, within the budget."""
+        """Keep a second owner of the rows, within the budget; not where others are worth more."""
+        self.sweep()
         if not self.keeps(rows.blob.size) or key in self._rows:
             return
         self._rows[key] = Rows(rows.blob.duplicate(), rows.tensor)
         self.bytes += rows.blob.size
         while self.bytes > self._most:
-            oldest = next((k for k in self._rows if k not in self._wanted), next(iter(self._rows)))
-            old = self._rows.pop(oldest)
+            old = self._rows.pop(self._least(key))
             self.bytes -= old.blob.size
-            old.blob.close()
+            self._leaving.append(old)
+
+    def sweep(self) -> None:
+        """Close what left with the last ``put``.
+
+        The last owner of some megabytes gives them back to the kernel, and
+        waits for that: better while the NPU is at work than before.
+        """
+        while self._leaving:
+            self._leaving.pop().blob.close()
+
+    def _least(self, new: str) -> str:
+        """Return whose rows leave for ``new``, or ``new``.
+
+        Whoever waits is served more or less in the order of arrival: what the
+        last one waits for is needed last.
+        """
+        free = [key for key in self._rows if key not in self._claims]
+        unwanted = next((key for key in free if key not in self._wanted and key != new), None)
+        if unwanted is not None:
+            return unwanted
+        if new not in self._wanted:
+            return new
+        places = {key: place for place, key in enumerate(self._wanted)}
+        return max(free, key=places.__getitem__)
+
+    def claim(self, keys: Collection[str]) -> bool:
+        """Keep all of these rows until ``release``, whatever comes; or say that it cannot be.
+
+        They must be here, and all claims together leave half of the budget to
+        others.
+        """
+        if any(key not in self._rows for key in keys):
+            return False
+        more = sum(self._rows[key].blob.size for key in set(keys) if key not in self._claims)
+        if self._claimed_bytes + more > self._most // 2:
+            return False
+        self._claimed_bytes += more
+        self._claims.update(keys)
+        return True
+
+    def release(self, keys: Collection[str]) -> None:
+        """Undo one ``claim``."""
+        for key in keys:
+            self._claims[key] -= 1
+            if self._claims[key] > 0:
+                continue
+            del self._claims[key]
+            if key in self._rows:
+                self._claimed_bytes -= self._rows[key].blob.size
 
     @contextmanager
     def wanted(self, keys: Iterable[str]) -> Iterator[None]:
@@ -116,6 +174,7 @@ class EmbeddingCache:
 
     def close(self) -> None:
         """Give every descriptor back."""
+        self.sweep()
         while self._rows:
             self._rows.popitem()[1].blob.close()
-        self.bytes = 0
+        self.bytes = self._claimed_bytes = 0

@@ -15,24 +15,29 @@ if TYPE_CHECKING:
 
     from rkvlmd.errors import RkvlmdError
     from rkvlmd.messages import ChatRequest, EndReason, Phase
+    from rkvlmd.wire.child import Perf
+    from rkvlmd.wire.thinking import Thinking
 
 
 class Outbox:
     """One job's text on its way to one reader.
 
     Merges what the reader has not taken yet, so the writer never waits for a
-    slow client. It holds at most what one job may generate.
+    slow client. It holds at most what one job may generate. Thoughts come
+    before the text that they lead to.
     """
 
     def __init__(self) -> None:
         self._parts: list[str] = []
+        self._thoughts: list[str] = []
         self._end: Ended | None = None
         self._wake = trio.Event()
 
-    def put(self, text: str) -> None:
-        """Add text; never waits. Text after the end is dropped."""
-        if text and self._end is None:
+    def put(self, text: str, thought: str = "") -> None:
+        """Add text and thoughts; never waits. What comes after the end is dropped."""
+        if (text or thought) and self._end is None:
             self._parts.append(text)
+            self._thoughts.append(thought)
             self._wake.set()
 
     def close(self, end: Ended) -> None:
@@ -47,15 +52,21 @@ class Outbox:
         return self._end
 
     async def take(self) -> tuple[str, Ended | None]:
-        """Wait for text or the end; return both, the end as ``None`` until it came.
+        """Wait for text, thoughts or the end; return text and end, which is ``None`` before it.
 
-        The last text and the end come together.
+        The last text and the end come together; ``thoughts`` gives those that
+        came with them.
         """
         await self._wake.wait()
         text, self._parts = "".join(self._parts), []
         if self._end is None:
             self._wake = trio.Event()
         return text, self._end
+
+    def thoughts(self) -> str:
+        """Return the thoughts that nobody has taken yet."""
+        taken, self._thoughts = "".join(self._thoughts), []
+        return taken
 
 
 @dataclass(eq=False, slots=True)
@@ -68,11 +79,12 @@ class Job:
     ``adapter`` or none, ``rank`` its class in the queue, 0 the best.
     ``text_bytes`` are held for the text as long as the job lives.
     ``estimated``: nobody could count the prompt. ``ignored`` names the
-    parameters that had no effect. ``seconds`` holds the time of each stage, by
+    parameters that had no effect, ``perf`` is what the library measured. ``seconds`` holds the time of each stage, by
     the names of ``messages.Timings``; ``leased``, ``first_token`` and
     ``last_token`` are times of the loop's clock, as is ``phase_since``, when
     the phase began; ``ended_in`` is the phase in which its end came.
-    ``on_phase`` hears of each new phase.
+    ``on_phase`` hears of each new phase. ``thinking`` says how thoughts are told
+    from the answer, of a model that has any.
     ``count_pixels`` takes the pixels of each picture that is ready,
     ``count_bytes`` those of a download, and minus as many when they are gone.
     """
@@ -94,6 +106,8 @@ class Job:
     cached_tokens: int = 0
     image_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    thinking: Thinking | None = None
     max_tokens: int = 0
     leased: float | None = None
     first_token: float | None = None
@@ -101,6 +115,7 @@ class Job:
     ended_in: Phase = "done"
     estimated: bool = False
     ignored: tuple[str, ...] = ()
+    perf: Perf | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     count_pixels: Callable[[int], None] = lambda _pixels: None
     count_bytes: Callable[[int], None] = lambda _more: None
@@ -142,6 +157,7 @@ class Job:
             cached_tokens=self.cached_tokens,
             image_tokens=self.image_tokens,
             estimated=self.estimated,
+            reasoning_tokens=min(self.reasoning_tokens, self.completion_tokens),
         )
         self.outbox.close(Ended(reason, usage, Timings(**self.seconds), error))
         self.checked.set()

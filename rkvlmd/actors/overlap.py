@@ -25,6 +25,7 @@ _FAILURES = (RkvlmdError, ChildDiedError, ChildWedgedError)
 class Overlap:
     """Whether encodes may run beside a decode (``npu.overlap``); ``nursery`` is where they do.
 
+    ``broken`` says why it was given up, empty until ``gave_up`` is set.
     The lease stays with the job that decodes until such an encode has ended:
     so a load, an unload or a swap never meets one.
     """
@@ -32,6 +33,7 @@ class Overlap:
     def __init__(self, *, on: bool) -> None:
         self._on = on
         self.broken = ""
+        self.gave_up = trio.Event()
         self.encodes = 0
         self.nursery: trio.Nursery | None = None
 
@@ -48,6 +50,7 @@ class Overlap:
         """From now on encode and decode take turns, until the daemon starts again."""
         if not self.broken:
             self.broken = why
+            self.gave_up.set()
             log.error("npu.overlap: given up until the next start: %s", why)
 
     @asynccontextmanager

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.actors import engine, prepare, videos
+from rkvlmd.actors import engine, prepare, ready, videos
 from rkvlmd.actors.child import ChildDiedError
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.actors.embeddings import Rows
 from rkvlmd.actors.metrics import Metrics
 from rkvlmd.actors.overlap import Overlap
+from rkvlmd.actors.seen import Seen
 from rkvlmd.actors.warm import Warm
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import EndReason
 from rkvlmd.models import rkllm
 from rkvlmd.wire import child as wire
 from rkvlmd.wire import prefix
+from rkvlmd.wire.thinking import Said, Splitter
 
 if TYPE_CHECKING:
     from rkvlmd.actors.crashes import CrashMemory
@@ -53,6 +55,10 @@ class Tools:
     metrics: Metrics = field(default_factory=Metrics)
     warm: Warm = field(default_factory=Warm)
     overlap: Overlap = field(default_factory=lambda: Overlap(on=False))
+    seen: Seen = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seen = Seen(self.cache)
 
 
 async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
@@ -85,9 +91,12 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
             job.spent("queue", queued)
             job.leased = trio.current_time()
             try:
-                return await _with_lease(job, tools, views, order, grip, crash_key)
+                needed = ready.needed(prompt, pictures)
+                reason = await _with_lease(job, tools, needed, order, grip, crash_key)
             finally:
                 tools.residency.used(job.model, job.request.keep_alive)
+        await _after_lease(job)
+        return reason
 
 
 def _names(order: wire.Generate) -> prefix.Chain:
@@ -103,12 +112,15 @@ def _names(order: wire.Generate) -> prefix.Chain:
 async def _with_lease(
     job: Job,
     tools: Tools,
-    views: dict[str, View],
+    views: list[View],
     order: wire.Generate,
     grip: Grip,
     crash_key: str,
 ) -> EndReason:
-    """Load if need be, encode, generate; once more if a child died before the first token."""
+    """Load if need be, encode, generate; once more if a child died before the first token.
+
+    ``views`` are those of the order's memfds.
+    """
     for last in (False, True):
         try:
             job.phase = "loading"
@@ -120,12 +132,12 @@ async def _with_lease(
             videos.check(job, entry, tools.residency.decoder_info(job.model))
             with ExitStack() as stack:
                 rows = []
-                for span in order.spans:
-                    rows.append(await encoded(job, views[span.key], loaded, tools))
+                for view in views:
+                    rows.append(await encoded(job, view, loaded, tools))
                     stack.callback(rows[-1].blob.close)
                 return await _generate(job, order, rows, loaded, tools)
-        except ChildDiedError:
-            tools.crashes.note(crash_key)
+        except ChildDiedError as exc:
+            tools.crashes.note(crash_key, int(exc.at_work))
             if last or job.completion_tokens:
                 raise
             tools.crashes.check(crash_key)
@@ -156,6 +168,8 @@ async def encoded(job: Job, view: View, loaded: Loaded, tools: Tools) -> Rows:
 async def _encode(job: Job, view: View, loaded: Loaded, tools: Tools) -> Rows:
     began = trio.current_time()
     child = loaded.child("encoder", view.encoder)
+    # A view without pixels has its rows in the cache until its job has ended.
+    assert view.pixels is not None
     rows, _ = await engine.encode(child, view.pixels, tools.settings.engine, view.patches)
     job.spent("encode", began)
     tools.metrics.picture_encode.observe(trio.current_time() - began, "miss")
@@ -170,6 +184,7 @@ async def _ahead(
     if view is None:
         return False
     tried.add(view.key)
+    assert view.pixels is not None  # else its rows were there
     # The job may go while its pixels are being read.
     with view.pixels.blob.duplicate() as blob:
         mine = replace(view, pixels=Rows(blob, view.pixels.tensor))
@@ -192,20 +207,30 @@ async def _generate(
         job.seconds["prefill"] = message.seconds
 
     said = False
+    splitter = None if job.thinking is None else Splitter(job.thinking)
+
+    def put(found: Said) -> None:
+        job.outbox.put(found.text, found.thought if job.request.thoughts else "")
+        if splitter is not None:
+            job.reasoning_tokens = splitter.tokens
 
     def on_text(text: str, tokens: int) -> None:
         nonlocal said
         if not job.completion_tokens and tokens:
             job.seconds["first_token"] = trio.current_time() - job.submitted
+        elif job.completion_tokens == 1:
+            tools.cache.sweep()  # the NPU is at work, and the client has its first token
         tools.metrics.generated(job, tokens, trio.current_time())
         job.completion_tokens += tokens
         if text and not said:
             # The space between "Assistant:" and the answer is the template's, not the answer's.
             said, text = True, text.removeprefix(" ")
-        job.outbox.put(text)
+        put(Said("", text) if splitter is None else splitter.feed(text, tokens))
 
     generation = engine.Generation(
-        on_prefilled, on_text, somebody_waits=lambda: tools.lease.waiting > 0
+        on_prefilled,
+        on_text,
+        somebody_waits=lambda: tools.lease.waiting > 0,
     )
     pace = tools.residency.pace(job.model)
     async with tools.overlap.beside(tools.lease, loaded) as decoding:
@@ -220,6 +245,8 @@ async def _generate(
             )
         finally:
             tools.warm.learn(child, generation.done)
+            if splitter is not None:
+                put(splitter.finish())
         _account(job, done)
         if done.recycle:
             child.kill("its library leaks, so it is replaced")
@@ -227,8 +254,9 @@ async def _generate(
         if done.reason == "aborted":
             raise RkvlmdError("engine_error", "The engine stopped although nobody asked it to.")
         tools.residency.completed(job.model)
-        # The reader need not wait for what is encoded for somebody else.
-        job.finish(done.reason)
+        if tools.overlap.on:
+            # The reader need not wait for what is encoded for somebody else.
+            job.finish(done.reason)
     return done.reason
 
 
@@ -241,8 +269,16 @@ def _account(job: Job, done: wire.GenerateDone) -> None:
         job.cached_tokens = done.cached
     job.ignored += tuple(name for name in done.ignored if name not in job.ignored)
     if done.perf is not None:
-        perf = done.perf
-        job.seconds["prefill"] = perf.prefill_ms / 1000
+        job.perf = done.perf
+        job.seconds["prefill"] = done.perf.prefill_ms / 1000
+
+
+async def _after_lease(job: Job) -> None:
+    """Let whoever has the lease now send its first order, then go on with the end of this job."""
+    # One turn for its task to wake up; the tasks of a turn run in any order, so one more.
+    for _ in range(2):
+        await trio.lowlevel.cancel_shielded_checkpoint()
+    if (perf := job.perf) is not None:
         log.info(
             "job %s: the NPU computed %d tokens of the prompt in %.0f ms, %d of the answer in"
             " %.0f ms; the child's peak is %.0f MB",

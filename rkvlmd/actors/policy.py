@@ -29,8 +29,13 @@ fixed place in the turns of its class: before it only the at most K - 1 clients 
 once each, and m who overtake it; r + 1 such turns, one for each of the client's jobs. In the same
 way the head of the class waits among the better clients for at most G of them, one more class that
 is old, and m who overtake it. One job runs when J comes. For c = 0 the two worse classes
-may take part once a turn. Between two clients of one class alone (K = 2, r = 0) the other's request
-starts after the job that runs, or one turn of the client that runs not, and at most m more.
+may take part once a turn.
+
+Between two clients of one class alone (K = 2, r = 0) the other's request starts after the job that
+runs, or one turn of the client that runs not, and at most m more: 1 + m foreign jobs. Who came while
+the other's job ran, or nobody's, meets one swap, its own: who overtakes never swaps. Who came while a
+job of its own client ran may meet one more, that of the other's turn. Later requests of its own
+client that go first, at most m, are turns of that client: each may let in one more foreign swap.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 The pool grows up to its size while orders wait, and shrinks when idle. An
 order whose child dies is done once more by another one, then it gets an error;
 the others never notice.
+
+Prompts stay with the child that has the tokenizer: to wait for one picture costs
+less than to read a vocabulary again, and a second copy of a large one takes
+tens of MB.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ Build = Callable[[int], wire.ToChild]
 
 
 class PrepDiedError(RkvlmdError):
-    """Children died or were killed while they worked on this order: ``deaths`` of them."""
+    """No child could do this order; ``deaths`` of them ended while they worked on it."""
 
     def __init__(self, message: str, deaths: int) -> None:
         super().__init__("engine_died", message)
@@ -46,12 +50,15 @@ class _Order:
     build: Build
     blobs: Sequence[Blob]
     seconds: float
+    renders: bool
+    since: float
     finished: trio.Event = field(default_factory=trio.Event)
     result: tuple[Done, list[Blob]] | None = None
     error: RkvlmdError | None = None
     begun: bool = False
     gone: bool = False
     again: bool = False
+    deaths: int = 0
 
     def close(self) -> None:
         """Give back what went in, and what came out for nobody."""
@@ -79,14 +86,18 @@ class Prep:
         self._starting = 0
         self._numbers = 0
         self.children: dict[str, Child] = {}
-        #: Hears how many seconds a child worked on each picture.
+        #: Names of the children that have a tokenizer, or are there to get one.
+        self._renderers: set[str] = set()
+        #: Hears how many seconds a child worked on each picture that it decoded.
         self.on_picture: Callable[[float], None] = lambda _seconds: None
         self.deaths = 0
         self.done = 0
 
     def _default_child(self, name: str) -> Child:
-        memory = str(self._settings.prep.memory_bytes)
-        return Child(name, "prep", self._settings.engine, arguments=["--memory", memory])
+        arguments = ["--memory", str(self._settings.prep.memory_bytes)]
+        if name not in self._renderers:
+            arguments += ["--warm", "pictures"]
+        return Child(name, "prep", self._settings.engine, arguments=arguments)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the pool until cancelled."""
@@ -124,10 +135,16 @@ class Prep:
           RkvlmdError: what is wrong with the picture or the prompt.
 
         """
-        order = _Order(build, blobs, self._settings.prep.job_seconds)
+        renders = expect is wire.RenderDone
+        order = _Order(build, blobs, self._settings.prep.job_seconds, renders, trio.current_time())
         self._orders.append(order)
         self._wake()
         try:
+            if renders:
+                with trio.move_on_after(self._settings.prep.prompt_wait_seconds):
+                    await order.finished.wait()
+                if not order.begun:
+                    self._wake()
             await order.finished.wait()
         except trio.Cancelled:
             order.gone = True
@@ -149,12 +166,16 @@ class Prep:
 
     def _wake(self) -> None:
         free = self._idle + self._starting
-        if len(self._orders) > free and self._workers < self._settings.prep.children:
+        waiting = sum(self._may(order, "") for order in self._orders)
+        if waiting > free and self._workers < self._settings.prep.children:
             assert self._nursery is not None
             self._numbers += 1
             self._workers += 1
             self._starting += 1
-            self._nursery.start_soon(self._worker, f"prep:{self._numbers}")
+            name = f"prep:{self._numbers}"
+            if not self._renderers:
+                self._renderers.add(name)
+            self._nursery.start_soon(self._worker, name)
         self._arrived.set()
         self._arrived = trio.Event()
 
@@ -170,11 +191,13 @@ class Prep:
                     finally:
                         self._starting -= 1
                     await self._serve(child)
+                    self._renderers.discard(name)
                 except ChildDiedError as exc:
                     self._failed_start(exc)
                 nursery.cancel_scope.cancel(reason="prep child leaves")
         finally:
             self.children.pop(name, None)
+            self._renderers.discard(name)
             self._workers -= 1
             self._quiet.set()
             if self._orders:
@@ -192,19 +215,19 @@ class Prep:
 
     async def _serve(self, child: Child) -> None:
         while child.alive:
-            if not self._orders:
+            order = self._take(child)
+            if order is None:
                 self._idle += 1
                 self._quiet.set()
-                with trio.move_on_after(self._settings.prep.idle_seconds) as idle:
-                    while not self._orders and child.alive:
+                with trio.move_on_after(self._settings.prep.idle_seconds):
+                    while order is None and child.alive:
                         await self._wait_order(child)
+                        order = self._take(child)
                 self._idle -= 1
-                if not self._orders:
-                    if idle.cancelled_caught or not child.alive:
-                        return
-                    continue
-            order = self._orders.popleft()
-            order.begun = True
+                if order is None:
+                    order = self._take(child)  # it came as the time was up
+                if order is None:
+                    return
             try:
                 await self._one(child, order)
             except trio.Cancelled:
@@ -214,6 +237,30 @@ class Prep:
             finally:
                 if order.finished.is_set():
                     order.close()
+
+    def _take(self, child: Child) -> _Order | None:
+        """Return the next order for this child: the oldest that it may do; it has begun.
+
+        One with a tokenizer does prompts first while there is another child
+        that only does the rest.
+        """
+        mine = [order for order in self._orders if child.alive and self._may(order, child.name)]
+        if child.name in self._renderers and len(self.children) > len(self._renderers):
+            mine.sort(key=lambda order: not order.renders)
+        if not mine:
+            return None
+        order = mine[0]
+        self._orders.remove(order)
+        order.begun = True
+        if order.renders:
+            self._renderers.add(child.name)
+        return order
+
+    def _may(self, order: _Order, name: str) -> bool:
+        """Whether a child may do this order now; ``name`` is empty for one that is not there yet."""
+        if not order.renders or not self._renderers or name in self._renderers:
+            return True
+        return trio.current_time() >= order.since + self._settings.prep.prompt_wait_seconds
 
     async def _wait_order(self, child: Child) -> None:
         """Return when an order may have come or the child has gone."""
@@ -245,7 +292,7 @@ class Prep:
                     elif isinstance(message, Done):
                         blobs = [Blob(fd) for fd in fds]
                         order.result = (message, blobs)
-                        if isinstance(message, wire.PictureDone):
+                        if isinstance(message, wire.PictureDone) and message.views:
                             self.on_picture(trio.current_time() - began)
                     else:
                         close_fds(fds)
@@ -255,10 +302,12 @@ class Prep:
             if limit.cancelled_caught:
                 child.kill("an order took too long")
                 self.deaths += 1
+                order.deaths += 1
                 self._fail(order, "The picture or prompt took too long to prepare.")
             self.done += 1
         except ChildDiedError as exc:
             self.deaths += 1
+            order.deaths += exc.at_work
             log.error("%s died at work: %s: %s", exc.name, exc.how, exc.last_words[-500:])  # noqa: TRY400 - the traceback says nothing
             if not order.again and not order.gone:
                 # It may have been dead before it got the order, and nothing was lost.
@@ -270,5 +319,5 @@ class Prep:
 
     @staticmethod
     def _fail(order: _Order, message: str) -> None:
-        order.error = PrepDiedError(message, 1 + order.again)
+        order.error = PrepDiedError(message, order.deaths)
         order.finished.set()

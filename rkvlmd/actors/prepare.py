@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import trio
+from msgspec.structs import replace as replaced
 
 from rkvlmd.actors import blobs
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.actors.embeddings import Rows, row_key
 from rkvlmd.actors.prep import PrepDiedError
+from rkvlmd.actors.ready import Picture as Picture
+from rkvlmd.actors.ready import Prompt as Prompt
+from rkvlmd.actors.ready import View as View
+from rkvlmd.actors.ready import spans as spans
+from rkvlmd.actors.seen import Source
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import PicturePart, Sampling, TextPart
+from rkvlmd.models import assembly, views
 from rkvlmd.models import manifest as manifests
-from rkvlmd.models import views
 from rkvlmd.wire import child as wire
+from rkvlmd.wire.thinking import Thinking
 
 if TYPE_CHECKING:
     from rkvlmd.actors.blobs import Blob
@@ -31,60 +37,8 @@ if TYPE_CHECKING:
 
 #: Manifests that are kept ready for frames.
 _MOST_KEPT = 8
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What one encoder is to see of a picture; ``key`` is that of its rows.
-
-    ``encoder`` is its index, ``patches`` and ``grid`` as in ``wire.child.View``.
-    """
-
-    pixels: Rows
-    key: str
-    encoder: int
-    tokens: int
-    patches: tuple[int, int, int] | None = None
-    grid: tuple[int, int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that is ready for its encoders; ``layout`` stands at its place in the prompt.
-
-    ``video`` is the number of the video whose frames are the views, for engines
-    that take videos.
-    """
-
-    views: tuple[View, ...]
-    layout: tuple[str | int, ...]
-    sha256: str
-    video: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens of all views."""
-        return sum(view.tokens for view in self.views)
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of all views, three values each."""
-        return sum(-(-math.prod(view.pixels.tensor.shape) // 3) for view in self.views)
-
-    def close(self) -> None:
-        """Give the pixels back."""
-        for view in self.views:
-            view.pixels.blob.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The tokens of the whole conversation and where the pictures' rows go; RKLLM: as text."""
-
-    tokens: list[int]
-    spans: list[tuple[int, int, int, int]]
-    text: str = ""
-    count: int = 0
+#: What decides, besides the model, what becomes of a picture and whether it may.
+_DECIDING = ("detail", "max_pixels", "min_side", "max_aspect", "exact")
 
 
 async def pictures(
@@ -173,40 +127,60 @@ async def _picture(
             blob, encoding = file, "raw"
         else:
             blob, encoding, held = await source_file(job, source, tools, "picture")
-        plain = plain_of(entry)
-
-        def build(number: int) -> wire.Picture:
-            return wire.Picture(
-                id=number,
-                encoding=encoding,
-                manifest=plain,
-                detail=source.detail,
-                # A frame was measured when it was taken, by other limits.
-                max_bytes=media.max_image_bytes if file is None else blob.size,
-                max_pixels=media.max_pixels,
-                min_side=media.min_side,
-                max_aspect=media.max_aspect,
-                exact=media.exact,
-            )
-
-        began = trio.current_time()
-        done, results = await tools.prep.do(build, [blob], expect=wire.PictureDone)
-        job.spent("decode_image", began)
+        order = wire.Picture(
+            id=0,
+            encoding=encoding,
+            manifest=plain_of(entry),
+            detail=source.detail,
+            # A frame was measured when it was taken, by other limits.
+            max_bytes=media.max_image_bytes if file is None else blob.size,
+            max_pixels=media.max_pixels,
+            min_side=media.min_side,
+            max_aspect=media.max_aspect,
+            exact=media.exact,
+        )
+        how = (entry.digest, *(getattr(order, name) for name in _DECIDING))
+        origin = Source(how, encoding, blob.size)
+        with blob:
+            hashes = tools.seen.hashes(origin)
+            done, results = await _decoded(job, replaced(order, known=hashes), blob, tools)
+            if hashes and not (done.views or results):
+                # Its rows were here when it was sent; from now on they stay, or are missing.
+                if (known := tools.seen.claim(origin, done.sha256)) is not None:
+                    return known
+                done, results = await _decoded(job, order, blob, tools)
     except RkvlmdError as exc:
         exc.param = exc.param or source.field
         raise
     finally:
         job.count_bytes(-held)
-    assert isinstance(done, wire.PictureDone)
     if not _expected(done, len(results), entry):
         for result in results:
             result.close()
         raise RkvlmdError("server_error", "A picture came back in an unknown shape.")
-    return Picture(
+    block = 0 if done.tiles is None else assembly.count(entry.manifest, done.tiles)
+    picture = Picture(
         tuple(_views(done, results, entry, source.detail, exact=media.exact)),
         tuple(done.layout),
         done.sha256,
+        tiles=done.tiles,
+        block=block,
     )
+    tools.seen.learn(origin, picture)
+    return picture
+
+
+async def _decoded(
+    job: Job, order: wire.Picture, blob: Blob, tools: Tools
+) -> tuple[wire.PictureDone, list[Blob]]:
+    """Have a prep child look at a picture."""
+    began = trio.current_time()
+    done, results = await tools.prep.do(
+        lambda number: replaced(order, id=number), [blob.duplicate()], expect=wire.PictureDone
+    )
+    job.spent("decode_image", began)
+    assert isinstance(done, wire.PictureDone)
+    return done, results
 
 
 def plain_of(entry: Entry) -> dict[str, Any]:
@@ -229,9 +203,14 @@ def _expected(done: wire.PictureDone, descriptors: int, entry: Entry) -> bool:
     """Whether each view has its pixels and its place, and no more rows than its encoder gives."""
     encoders = entry.manifest.encoders
     places = [item for item in done.layout if isinstance(item, int)]
+    wanted = len(done.views)
+    if entry.manifest.assembly is not None:
+        if done.tiles is None or assembly.views(done.tiles) != wanted:
+            return False
+        wanted = 1
     return (
         descriptors == len(done.views) > 0
-        and sorted(places) == list(range(len(done.views)))
+        and sorted(places) == list(range(wanted))
         and all(
             view.encoder < len(encoders) and 0 < view.tokens <= encoders[view.encoder].tokens
             for view in done.views
@@ -263,7 +242,13 @@ async def prompt(job: Job, entry: Entry, tools: Tools, pictures: list[Picture]) 
     image_tokens, context = sum(p.tokens for p in pictures), entry.manifest.decoder.context
     if image_tokens >= context:
         raise _too_long(image_tokens, context, image_tokens, len(pictures))
-    found = await rendered(entry, tools, job.request.turns, pictures)
+    wish, tags = job.request.thinking, entry.manifest.thinking
+    wish = entry.manifest.defaults.enable_thinking if wish is None else wish
+    found = await rendered(entry, tools, job.request.turns, pictures, wish)
+    if not found.switched:
+        job.ignored += job.request.thinking_asked
+    if tags is not None:
+        job.thinking = Thinking(start=tags.start, end=tags.end, opened=found.thinks)
     job.prompt_tokens = len(found.tokens) or found.count
     job.estimated = not found.tokens
     job.image_tokens = image_tokens
@@ -272,7 +257,11 @@ async def prompt(job: Job, entry: Entry, tools: Tools, pictures: list[Picture]) 
 
 
 async def rendered(
-    entry: Entry, tools: Tools, turns: Sequence[Turn], pictures: Sequence[Picture]
+    entry: Entry,
+    tools: Tools,
+    turns: Sequence[Turn],
+    pictures: Sequence[Picture],
+    thinking: bool | None = None,
 ) -> Prompt:
     """Return the prompt of a conversation; its parts point into ``pictures``."""
     plain = plain_of(entry)
@@ -286,16 +275,17 @@ async def rendered(
             pictures=[
                 wire.Laid(
                     layout=list(picture.layout),
-                    tokens=[view.tokens for view in picture.views],
+                    tokens=list(picture.places),
                     video=picture.video is not None,
                 )
                 for picture in pictures
             ],
+            thinking=thinking,
         )
 
     done, _ = await tools.prep.do(build, [], expect=wire.RenderDone)
     assert isinstance(done, wire.RenderDone)
-    return Prompt(done.tokens, done.spans, done.prompt, done.count)
+    return Prompt(done.tokens, done.spans, done.prompt, done.count, done.thinks, done.switched)
 
 
 def _turn(turn: Turn) -> dict[str, Any]:
@@ -305,7 +295,7 @@ def _turn(turn: Turn) -> dict[str, Any]:
             parts.append({"text": part.text})
         elif isinstance(part, PicturePart):
             parts.append({"picture": part.index})
-    return {"role": turn.role, "parts": parts}
+    return {"role": turn.role, "parts": parts, "thought": turn.thought}
 
 
 def limit(job: Job, entry: Entry, settings: Settings) -> int:
@@ -313,7 +303,9 @@ def limit(job: Job, entry: Entry, settings: Settings) -> int:
     context = entry.manifest.decoder.context
     left = context - job.prompt_tokens
     if left < 1:
-        raise _too_long(job.prompt_tokens, context, job.image_tokens, len(job.request.pictures))
+        parts = [part for turn in job.request.turns for part in turn.parts]
+        places = sum(isinstance(part, PicturePart) for part in parts)
+        raise _too_long(job.prompt_tokens, context, job.image_tokens, places)
     default = entry.manifest.defaults.max_tokens or settings.models.max_tokens
     return min(left, job.request.max_tokens or default)
 
@@ -355,17 +347,6 @@ def check_rows(entry: Entry, pictures: list[Picture], most: int) -> None:
         )
 
 
-def spans(prompt: Prompt, pictures: Sequence[Picture]) -> list[wire.Span]:
-    """Return the places of all views in a prompt."""
-    return [
-        wire.Span(
-            start=start, count=count, key=view.key, grid=view.grid, video=pictures[index].video
-        )
-        for start, count, index, number in prompt.spans
-        for view in [pictures[index].views[number]]
-    ]
-
-
 def order(
     job: Job, entry: Entry, prompt: Prompt, pictures: list[Picture], limit: int
 ) -> wire.Generate:
@@ -387,5 +368,6 @@ def order(
         max_tokens=limit,
         stop=list(job.request.stop),
         seed=asked.seed,
+        thinking=job.thinking,
         **sampling,
     )

@@ -153,6 +153,7 @@ class Record:
             adapters=tuple(adapter.name for adapter in manifest.decoder.adapters),
             makes=abilities.makes(manifest),
             video=abilities.videos(manifest),
+            thinking=manifest.thinking is not None,
         )
 
     def _idle_seconds(self, now: float) -> float | None:

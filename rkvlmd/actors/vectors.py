@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from rkvlmd.actors import engine, pipeline, prepare, videos
+from rkvlmd.actors import engine, pipeline, prepare, ready, videos
 from rkvlmd.actors.child import ChildDiedError
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.errors import RkvlmdError
@@ -167,7 +167,7 @@ def _unread(picture: Picture) -> prepare.Prompt:
 def _input(job: Job, prompt: prepare.Prompt, pictures: list[Picture]) -> Input:
     request = job.request
     assert isinstance(request, EmbeddingsRequest)
-    views = [pictures[index].views[number] for _, _, index, number in prompt.spans]
+    views = ready.needed(prompt, pictures)
     order = wire.Embed(
         id=0,
         tokens=prompt.tokens,
@@ -207,8 +207,8 @@ async def _all(job: Job, entry: Entry, inputs: list[Input], tools: Tools, crash_
                     done += 1
                     # The engine could not be interrupted: the client may have gone meanwhile.
                     await trio.lowlevel.checkpoint_if_cancelled()
-            except ChildDiedError:
-                tools.crashes.note(crash_key)
+            except ChildDiedError as exc:
+                tools.crashes.note(crash_key, int(exc.at_work))
                 deaths += 1
                 if deaths > 1:
                     raise

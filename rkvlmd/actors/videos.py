@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from rkvlmd.actors import prepare
+from rkvlmd.actors import films, prepare
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.actors.prep import PrepDiedError
 from rkvlmd.errors import RkvlmdError
@@ -23,6 +23,7 @@ from rkvlmd.messages import (
     VideoPart,
 )
 from rkvlmd.models import abilities, frames
+from rkvlmd.models import films as rules
 from rkvlmd.wire import child as wire
 
 if TYPE_CHECKING:
@@ -37,16 +38,18 @@ if TYPE_CHECKING:
 #: The share of a prep child's time for one order after which it gives up by itself, with an error
 #: that a client understands.
 _SHARE = 0.75
-#: The share of the context that the frames of one video may fill.
-_CONTEXT = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The frames of one video: picture files, and seconds from its start where known."""
+    """The frames of one video: picture files, and seconds from its start where known.
+
+    ``size`` is the width and height of the first, where the model takes videos.
+    """
 
     files: list[Blob]
     times: list[float]
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,12 @@ class Frames:
     ``files`` are the frames, by the number of the picture that each is now.
     ``groups`` counts the frames of each video where the model takes videos:
     they are the last pictures, and each video is one place in the turns.
+    ``films`` are videos that are ready, one place each after the pictures.
     """
 
     files: dict[int, Blob] = dataclasses.field(default_factory=dict)
     groups: tuple[int, ...] = ()
+    films: tuple[Picture, ...] = ()
 
 
 def check(job: Job, entry: Entry, info: dict[str, Any]) -> None:
@@ -98,7 +103,8 @@ def check(job: Job, entry: Entry, info: dict[str, Any]) -> None:
             request.pictures[part.index].field
             for turn in turns
             for part in turn.parts
-            if isinstance(part, PicturePart)
+            # A video that is ready has a number after those of the pictures.
+            if isinstance(part, PicturePart) and part.index < len(request.pictures)
         ]
         places = [place for place in places if place not in films]
         if why and len(places) > 1:
@@ -124,7 +130,7 @@ async def pictures(
     check(job, entry, tools.residency.decoder_info(job.model))
     job.count_pixels, job.count_bytes = slot.add_pixels, slot.add_bytes
     found = await expand(job, slot, entry, tools, stack)
-    prepared = await prepare.pictures(job, entry, tools, stack, found.files)
+    prepared = [*await prepare.pictures(job, entry, tools, stack, found.files), *found.films]
     return grouped(job, prepared, found, entry)
 
 
@@ -145,19 +151,25 @@ async def expand(job: Job, slot: Slot, entry: Entry, tools: Tools, stack: ExitSt
         raw = await _raw(job)
         tools.crashes.check(raw)
     sampled: list[Sampled] = []
+    ready: list[Picture] = []
     held = job.text_bytes + sum(len(source.data) for source in job.request.pictures)
     for source in sources:
         try:
             found = await _sample(job, source, entry, tools)
+            for file in found.files:
+                stack.callback(file.close)
+                held += file.size
+            slot.resize(held)
+            sampled.append(found)
+            if (film := rules.of(entry.manifest, source.detail)) is not None:
+                whole = await _ready(job, len(ready), found, film, entry, tools, stack)
+                ready.append(whole)
         except PrepDiedError as exc:
             tools.crashes.note(raw or await _raw(job), exc.deaths)
             raise
-        for file in found.files:
-            stack.callback(file.close)
-            held += file.size
-        slot.resize(held)
-        sampled.append(found)
     job.spent("prepare", began)
+    if ready:
+        return _placed(job, ready)
     info = tools.residency.decoder_info(job.model)
     return _put(job, sampled, native=abilities.native_video(entry.manifest, info))
 
@@ -187,7 +199,7 @@ async def _sample(job: Job, source: VideoSource, entry: Entry, tools: Tools) -> 
                 manifest=plain,
                 detail=source.detail,
                 max_frames=min(media.max_frames, manifest.video_frames),
-                max_tokens=int(manifest.decoder.context * _CONTEXT),
+                max_tokens=films.most_tokens(manifest),
                 max_bytes=media.max_video_bytes,
                 max_pixels=media.max_video_pixels,
                 max_seconds=media.max_video_seconds,
@@ -209,7 +221,28 @@ async def _sample(job: Job, source: VideoSource, entry: Entry, tools: Tools) -> 
         for file in files:
             file.close()
         raise RkvlmdError("server_error", "A video came back in an unknown shape.")
-    return Sampled(files, done.times)
+    return Sampled(files, done.times, (done.width, done.height))
+
+
+async def _ready(
+    job: Job, number: int, found: Sampled, film: rules.Film, entry: Entry, tools: Tools,
+    stack: ExitStack,
+) -> Picture:  # fmt: skip
+    source = job.request.videos[number]
+    try:
+        return await films.prepare_film(
+            job, source, film, found.files, found.times, found.size, number, entry, tools, stack
+        )
+    except RkvlmdError as exc:
+        exc.param = exc.param or source.field
+        raise
+
+
+def _placed(job: Job, ready: list[Picture]) -> Frames:
+    """Give each video, which is ready, one place in the turns."""
+    first = len(job.request.pictures)
+    _replace(job, [(PicturePart(first + number),) for number in range(len(ready))], [])
+    return Frames(films=tuple(ready))
 
 
 def _put(job: Job, sampled: list[Sampled], *, native: bool) -> Frames:
@@ -231,14 +264,24 @@ def _put(job: Job, sampled: list[Sampled], *, native: bool) -> Frames:
         else:
             before = TextPart(frames.line(len(own), found.times))
             places.append((before, *(PicturePart(index) for index in own), TextPart("\n")))
+    _replace(job, places, pictures[first:])
+    return Frames(files, tuple(len(found.files) for found in sampled) if native else ())
+
+
+def _replace(
+    job: Job,
+    places: Sequence[tuple[TextPart | PicturePart, ...]],
+    pictures: Sequence[PictureSource],
+) -> None:
+    """Put what stands for each video into the request, and further ``pictures``."""
+    request = job.request
     # The base64 text is not needed any more.
     job.request = replace(
         request,
         turns=tuple(_replaced(turn, places) for turn in request.turns),
-        pictures=tuple(pictures),
+        pictures=(*request.pictures, *pictures),
         videos=tuple(replace(source, data="") for source in request.videos),
     )
-    return Frames(files, tuple(len(found.files) for found in sampled) if native else ())
 
 
 def _replaced(turn: Turn, places: Sequence[tuple[TextPart | PicturePart, ...]]) -> Turn:
@@ -266,7 +309,7 @@ def grouped(job: Job, pictures: list[Picture], found: Frames, entry: Entry) -> l
     """
     whole = _grouped(pictures, found, entry) if found.groups else pictures
     if entry.manifest.decoder.engine == "rkllm" and not isinstance(job.request, EmbeddingsRequest):
-        sizes = {view.tokens for p in whole if p.video is None for view in p.views}
+        sizes = {tokens for p in whole if p.video is None for tokens in p.places}
         if len(sizes) > 1:
             listed = " and ".join(str(size) for size in sorted(sizes))
             raise RkvlmdError(

@@ -107,6 +107,14 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--model", metavar="NAME", help="default: the server's default model")
     ask.add_argument("--max-tokens", type=_count, metavar="N", help="longest answer, in tokens")
     ask.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+    think = ask.add_mutually_exclusive_group()
+    think.add_argument(
+        "--think", action="store_true", default=None,
+        help="have the model think before it answers; its thoughts go to standard error",
+    )  # fmt: skip
+    think.add_argument(
+        "--no-think", action="store_false", dest="think", help="have it answer at once"
+    )
     ask.add_argument("prompt", metavar="PROMPT")
     top_ = command("top", "watch the requests, the engine and the NPU until interrupted")
     top_.add_argument("--once", action="store_true", help="show it once and leave")
@@ -271,24 +279,37 @@ def _ask(client: Client, args: argparse.Namespace) -> int:
         body["model"] = args.model
     if args.max_tokens is not None:
         body["max_tokens"] = args.max_tokens
+    if args.think is not None:
+        body["chat_template_kwargs"] = {"enable_thinking": args.think}
     if args.json:
         _print_json(endpoint.whole(body))
-    elif args.no_stream:
-        print(render.plain(chat.answer_of(endpoint.whole(body))))
-    else:
-        _print_stream(chat.text_of(chunk) for chunk in endpoint.stream(body))
+        return 0
+    chunks = [chat.chunk_of(endpoint.whole(body))] if args.no_stream else endpoint.stream(body)
+    _print_stream(map(chat.said_by, chunks), thoughts=bool(args.think))
     return 0
 
 
-def _print_stream(texts: Iterable[str]) -> None:
-    started = False
+def _print_stream(pieces: Iterable[tuple[str, str]], *, thoughts: bool) -> None:
+    """Print what a model says, (thoughts, text) each; the thoughts to standard error."""
+    thought = started = False
     try:
-        for text in texts:
-            started = started or bool(text)
-            print(render.plain(text), end="", flush=True)
+        for thinks, says in pieces:
+            thought = thought or bool(thinks)
+            if thinks and thoughts:
+                print(render.plain(thinks), end="", file=sys.stderr, flush=True)
+            if says and not started and thought and thoughts:
+                print("\n", file=sys.stderr, flush=True)
+            started = started or bool(says)
+            print(render.plain(says), end="", flush=True)
     finally:
         if started:
             print()
+    if thought and not started:
+        print(
+            "rkvlmctl: the answer ended in the model's thoughts;"
+            " allow more with --max-tokens, or take --no-think",
+            file=sys.stderr,
+        )
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -189,14 +189,27 @@ def _error_of(said: object, status: int) -> CtlError:
     return CtlError(message, code=code, param=param if isinstance(param, str) else None)
 
 
-def text_of(chunk: dict[str, Any]) -> str:
-    """Return the text that a chunk adds."""
+def said_by(chunk: dict[str, Any]) -> tuple[str, str]:
+    """Return the thoughts and the text that a chunk adds."""
     choices = chunk.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return ""
+        return "", ""
     delta = choices[0].get("delta")
-    content = delta.get("content") if isinstance(delta, dict) else None
-    return content if isinstance(content, str) else ""
+    if not isinstance(delta, dict):
+        return "", ""
+    thought, text = (delta.get(name) for name in ("reasoning_content", "content"))
+    return thought if isinstance(thought, str) else "", text if isinstance(text, str) else ""
+
+
+def text_of(chunk: dict[str, Any]) -> str:
+    """Return the text that a chunk adds."""
+    return said_by(chunk)[1]
+
+
+def chunk_of(response: dict[str, Any]) -> dict[str, Any]:
+    """Return a response that was not streamed as its one chunk."""
+    answer_of(response)
+    return {"choices": [{"delta": response["choices"][0]["message"]}]}
 
 
 def answer_of(response: dict[str, Any]) -> str:

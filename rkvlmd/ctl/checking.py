@@ -70,6 +70,8 @@ def find(name: str, config: Path | None, models: Path | None) -> Path:
         if (folder / manifest.FILE).is_file():
             return folder
         message = f"{name}: there is no {manifest.FILE}; rkvlmctl import {name} makes one"
+        if not folder.is_dir():
+            message = f"{name}: there is no such folder"
         raise CtlError(message, code="model_not_found", param="NAME")
     above = places.models_folder(config, models)
     entries, _ = catalog.scan(above, demo=True)
@@ -85,7 +87,7 @@ def find(name: str, config: Path | None, models: Path | None) -> Path:
 def examine(folder: Path, *, quick: bool) -> list[Line]:
     """Return everything there is to say about a model folder."""
     from rkvlmd.errors import ManifestError
-    from rkvlmd.models import catalog, manifest
+    from rkvlmd.models import assembly, catalog, manifest
 
     try:
         entry = catalog.open_folder(folder)
@@ -103,6 +105,10 @@ def examine(folder: Path, *, quick: bool) -> list[Line]:
         lines += _encoder(entry, i, encoder)
     if entry.manifest.decoder.engine == "onnx":
         lines += _decoder(entry)
+    elif entry.manifest.decoder.engine == "tower":
+        lines += _tower(entry)
+    if block := assembly.says(entry.manifest):
+        lines.append(Line("ok", "assembly", block))
     lines += _words(entry)
     lines += _prompts(entry)
     if not quick:
@@ -181,7 +187,38 @@ def _decoder(entry: Entry) -> list[Line]:
         elif part == "decoder" and not any(v["name"] == name for v in values):
             says = f"{file} does not take {name}: it is no decoder of a three-part model"
             lines.append(Line("stop", key, says))
+        if part == "decoder":
+            lines += _hidden(entry, shape)
     return lines or [Line("ok", "decoder", f"{len(decoder.files)} files")]
+
+
+def _tower(entry: Entry) -> list[Line]:
+    """Hold a text tower against the manifest."""
+    decoder = entry.manifest.decoder
+    file = decoder.files["text"].file
+    try:
+        shape = folders.shapes(entry.folder, file)
+    except WrongFolderError as exc:
+        return [Line("stop", "decoder.files.text.file", exc.message)]
+    given = {value["name"]: value["shape"] for value in shape["outputs"]}
+    dims: list[Any] = given.get("text_embeds") or next(iter(given.values()), [])
+    if dims and isinstance(dims[-1], int) and dims[-1] != decoder.embedding:
+        says = f"decoder.embedding is {decoder.embedding}, {file} has {dims[-1]}"
+        return [Line("stop", "decoder.files.text", says, "import the folder again with --replace")]
+    return [Line("ok", "decoder", f"{file} makes vectors of texts; it writes nothing")]
+
+
+def _hidden(entry: Entry, shape: Mapping[str, Any]) -> list[Line]:
+    """Check that hidden states that the manifest promises are there."""
+    how = entry.manifest.embeddings
+    if how is None or not ("text" in how.inputs or how.pictures == "hidden"):
+        return []
+    if how.output in {value["name"] for value in shape["outputs"]}:
+        return []
+    file = entry.manifest.decoder.files["decoder"].file
+    says = f"{file} has no output {how.output}, of which embeddings are made"
+    todo = "export the model with tools/export_onnx --hidden, or take embeddings out of rkvlm.json"
+    return [Line("stop", "embeddings.output", says, todo)]
 
 
 def _width(values: list[Mapping[str, Any]], name: str) -> int | None:
@@ -197,7 +234,9 @@ def _words(entry: Entry) -> list[Line]:
     manifest = entry.manifest
     if manifest.tokenizer is None:
         says = "there is none: tokens of a prompt are estimated, not counted"
-        todo = "put the tokenizer.json of the original model into the folder and import again"
+        todo = (
+            "put the tokenizer.json of the original model into the folder and import with --replace"
+        )
         return [Line("note", "tokenizer", says, todo)]
     try:
         special = folders.special_tokens(entry.folder, manifest.tokenizer.file)
@@ -221,7 +260,10 @@ def _prompts(entry: Entry) -> list[Line]:
         return [Line("stop", "template", says)]
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        return [Line("stop", "template", said[-1] if said else "cannot be used")]
+        found = said[-1] if said else "cannot be used"
+        if found.startswith("assembly."):
+            return [Line("stop", *_split(found), "take the two rows from the model's checkpoint")]
+        return [Line("stop", "template", found)]
     found = json.loads(done.stdout)
     says = f"a question is {found['tokens']} tokens"
     if "picture" in found:

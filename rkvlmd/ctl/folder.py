@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ MAX_JSON = 4 << 20
 MAX_TOKENIZER = 128 << 20
 #: How long reading the shapes of one ONNX file may take, seconds.
 INSPECT_SECONDS = 60
+#: How long writing a part of one may take, seconds: a gigabyte to a slow card.
+CUT_SECONDS = 600
 #: Where published ONNX checkpoints keep their graphs, besides the folder itself.
 ONNX = "onnx"
 #: The parts of a published ONNX checkpoint by the beginning of their names, longest first.
@@ -34,12 +37,20 @@ ROLES = {
     "embed_tokens": "embed",
     "decoder_with_past_model": "decoder", "decoder_model_merged": "decoder",
     "decoder_model": "decoder_prefill",
+    "text_model": "text",
 }  # fmt: skip
+#: What the vision tower of CLIP calls its vector.
+VECTOR = "image_embeds"
 #: The endings of names that tell in which precision the same graph is stored.
 _VARIANT = re.compile(r"_(fp16|q4f16|q4|q8|int8|uint8|int4|bnb4|quantized)$")
 _SIZE = re.compile(r"(?<!\d)(\d{3,4})x(\d{3,4})(?!\d)")
 #: What a folder of an unconverted checkpoint holds.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+
+
+def quoted(name: str) -> str:
+    """Return a file's name as a shell takes it."""
+    return shlex.quote(name)
 
 
 class WrongFolderError(CtlError):
@@ -68,8 +79,11 @@ class Found:
     rknn: tuple[str, ...] = ()
     graphs: tuple[Graph, ...] = ()
     weights: tuple[str, ...] = ()
+    #: Links to files that are not there.
+    lost: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     picture: Mapping[str, Any] = field(default_factory=dict)
+    film: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -95,7 +109,7 @@ def look(path: Path) -> Found:
       WrongFolderError: it is no folder, or cannot be read.
 
     """
-    files = _files(path)
+    files, lost = _files(path)
     problems: list[str] = []
     graphs = tuple(g for g in (_graph(f, files[f]) for f in files) if g is not None)
 
@@ -111,14 +125,26 @@ def look(path: Path) -> Found:
         weights=tuple(f for f in files if f.lower().endswith(_WEIGHTS)),
         config=tree("config.json"),
         picture=tree("preprocessor_config.json"),
+        film=tree("video_preprocessor_config.json"),
         generation=tree("generation_config.json"),
+        lost=lost,
         problems=tuple(problems),
     )
 
 
-def _files(path: Path) -> dict[str, int]:
-    """Return the files of the folder and of its ``onnx``, with their sizes, in order of names."""
+def name_of(path: Path) -> str:
+    """Return what a folder is called; in the cache of Hugging Face, what the repository is."""
+    real = path.resolve()
+    above = real.parent
+    if above.name == "snapshots" and above.parent.name.startswith("models--"):
+        return above.parent.name.rpartition("--")[2]
+    return real.name
+
+
+def _files(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the files of the folder and of its ``onnx``, with their sizes, and broken links."""
     found: dict[str, int] = {}
+    lost: list[str] = []
     try:
         for above in ("", ONNX):
             folder = path / above
@@ -128,16 +154,18 @@ def _files(path: Path) -> dict[str, int]:
                 for count, entry in enumerate(entries):
                     if count >= MAX_ENTRIES:
                         raise WrongFolderError(f"{path}: more than {MAX_ENTRIES} entries")
+                    name = f"{above}/{entry.name}" if above else entry.name
                     if entry.is_file():
-                        name = f"{above}/{entry.name}" if above else entry.name
                         found[name] = entry.stat().st_size
+                    elif entry.is_symlink() and not entry.is_dir():
+                        lost.append(name)
     except FileNotFoundError:
         raise WrongFolderError(f"{path}: there is no such folder", code="not_found") from None
     except NotADirectoryError:
         raise WrongFolderError(f"{path}: is no folder") from None
     except OSError as exc:
         raise WrongFolderError(f"{path}: cannot be read ({exc.strerror})") from None
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), tuple(sorted(lost))
 
 
 def _graph(file: str, size: int) -> Graph | None:
@@ -250,6 +278,27 @@ def shapes(path: Path, file: str) -> dict[str, Any]:
     return found
 
 
+def cut(path: Path, file: str, target: Path, output: str) -> None:
+    """Write the part of an ONNX file that computes one output.
+
+    Raises:
+      WrongFolderError: it cannot be taken apart.
+
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "rkvlmd.engine", "cut", str(path / file), str(target), output]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=CUT_SECONDS, check=False, text=True
+        )
+    except subprocess.TimeoutExpired:
+        raise WrongFolderError(f"{file}: taking it apart took too long", param=file) from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        why = said[-1] if said else "cannot be taken apart"
+        raise WrongFolderError(f"{file}: {why}", code="invalid_model", param=file)
+
+
 def encoder_of_onnx(
     file: str, shape: Mapping[str, Any], projected: Mapping[str, Any] | None
 ) -> Tower:
@@ -257,20 +306,25 @@ def encoder_of_onnx(
     from rkvlmd.models.matching import Tower
 
     width = height = None
+    patches = bool(shape["inputs"])
     for arg in shape["inputs"]:
         dims = arg["shape"]
+        patches = patches and len(dims) <= 2
         if len(dims) >= 4 and arg["name"] != "pixel_attention_mask":
             sides = dims[-2:] if dims[-3] == 3 or dims[-1] != 3 else dims[-3:-1]
             if all(isinstance(side, int) and side > 0 for side in sides):
                 height, width = sides
             break
     gives = (projected or shape)["outputs"]
-    dims = gives[0]["shape"] if gives else []
+    named = [arg for arg in gives if arg["name"] == VECTOR]
+    dims = (named or gives)[0]["shape"] if gives else []
     tokens = dims[-2] if len(dims) >= 3 and isinstance(dims[-2], int) else None
+    if named and len(dims) == 2:
+        tokens = 1
     embedding = dims[-1] if dims and isinstance(dims[-1], int) else None
     return Tower(
         file=file, engine="onnx", width=width, height=height, tokens=tokens, embedding=embedding,
-        outputs=len(gives) or None,
+        outputs=1 if named else len(gives) or None, patches=patches,
     )  # fmt: skip
 
 
@@ -300,3 +354,16 @@ def template_in_json(found: Found) -> str | None:
         if isinstance(text, str) and text:
             return text
     return None
+
+
+def thinks(found: Found, template: str | None) -> bool:
+    """Whether the chat template of the folder writes the usual tags around thoughts."""
+    from rkvlmd.models.answers import Thinking
+
+    tags, text = Thinking(), template_in_json(found) or ""
+    if template in found.files:
+        try:
+            text = read(found.path / str(template), MAX_JSON).decode(errors="replace")
+        except ValueError:
+            return False
+    return tags.start in text and tags.end in text

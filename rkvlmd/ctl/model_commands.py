@@ -30,6 +30,9 @@ def add(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
         "--variant", metavar="PRECISION",
         help="which of several ONNX files of one part: full, fp16, int8, q4, ...",
     )  # fmt: skip
+    take.add_argument(
+        "--decoder", metavar="FILE", help="which of several .rkllm files of the folder"
+    )
     take.add_argument("--replace", action="store_true", help="write over an rkvlm.json")
     check = command("check", "compare a model's manifest with its files; no daemon")
     check.add_argument("name", metavar="NAME")
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
         wishes = importing.Wishes(
             path=args.folder, name=args.name, family=args.family, model=args.model,
-            size=args.size, context=args.context, variant=args.variant, models=args.models,
+            size=args.size, context=args.context, variant=args.variant, decoder=args.decoder, models=args.models,
             config=args.config, replace=args.replace,
         )  # fmt: skip
         return importing.run(wishes, as_json=args.json)

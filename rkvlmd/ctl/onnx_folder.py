@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rkvlmd.ctl import advice
 from rkvlmd.ctl import folder as folders
 from rkvlmd.ctl.folder import Found, Graph, WrongFolderError
 from rkvlmd.ctl.render import size
@@ -30,7 +31,7 @@ def decide(
     """
     from rkvlmd.models import building, matching
 
-    chosen = {role: _one(found, role, wishes.variant) for role in
+    chosen = {role: one(found, role, wishes.variant) for role in
               ("vision", "projector", "embed", "decoder", "decoder_prefill")}  # fmt: skip
     graphs = {role: graph for role, graph in chosen.items() if graph is not None}
     _complete(found, graphs, text)
@@ -39,25 +40,27 @@ def decide(
     if "vision" in graphs:
         projected = shapes.get("projector")
         towers = (folders.encoder_of_onnx(graphs["vision"].file, shapes["vision"], projected),)
-    hidden = row_width(shapes["embed"]) or _number(found.config, "hidden_size")
-    seen = matching.Folder(found.path.resolve().name, towers, (), found.config, hidden)
+    hidden = row_width(shapes["embed"]) or number(found.config, "hidden_size")
+    seen = matching.Folder(folders.name_of(found.path), towers, (), found.config, hidden)
     able = [t for t in known if "onnx" in t.engines()]
-    candidate, why = _template(found, able, seen, hidden, wishes)
-    external = {
-        graph.file: _external(found, graph.file, shapes[role]) for role, graph in graphs.items()
+    candidate, why = template_of(found, able, seen, hidden, wishes)
+    outside = {
+        graph.file: external(found, graph.file, shapes[role]) for role, graph in graphs.items()
     }
     parts = building.Parts(
         decoder={r: graphs[r].file for r in ("embed", "decoder", "decoder_prefill") if r in graphs},
         towers=towers,
         projector=graphs["projector"].file if "projector" in graphs else None,
-        external={file: data for file, data in external.items() if data},
+        external={file: data for file, data in outside.items() if data},
         text=text,
         config=found.config,
         picture=found.picture,
+        film=found.film,
         hidden=hidden,
         kv_bytes=_kv_bytes(shapes["decoder"]),
-        longest=_number(found.config, "max_position_embeddings"),
+        longest=number(found.config, "max_position_embeddings"),
         context=wishes.context,
+        outputs=tuple(arg["name"] for arg in shapes["decoder"]["outputs"]),
     )
     notes = []
     if not towers and candidate.template.match.tokens is not None:
@@ -68,13 +71,8 @@ def decide(
     return candidate, why, parts, notes
 
 
-def _one(found: Found, role: str, variant: str | None) -> Graph | None:
-    """Return the file of a part.
-
-    Raises:
-      WrongFolderError: there are several, and nobody said which.
-
-    """
+def one(found: Found, role: str, variant: str | None) -> Graph | None:
+    """Return the file of a part, see ``pick``."""
     graphs = [g for g in found.graphs if g.role == role]
     if role == "decoder":
         # A merged decoder does the work of both others.
@@ -82,13 +80,25 @@ def _one(found: Found, role: str, variant: str | None) -> Graph | None:
         graphs = merged or graphs
     if role == "decoder_prefill" and any("decoder_model_merged" in g.file for g in found.graphs):
         return None
+    return pick(found, graphs, variant)
+
+
+def pick(found: Found, graphs: Sequence[Graph], variant: str | None) -> Graph | None:
+    """Return the only one of some files, or the one of the precision that was asked for.
+
+    Raises:
+      WrongFolderError: there are several, and nobody said which.
+
+    """
     if len(graphs) > 1 and variant is not None:
         wanted = "" if variant == "full" else variant
         graphs = [g for g in graphs if g.variant == wanted] or graphs
     if len(graphs) > 1:
         listed = ", ".join(f"{g.file} ({g.variant or 'full'}, {size(g.bytes)})" for g in graphs)
+        none = variant not in {None, *(g.variant or "full" for g in graphs)}
+        head = f"--variant: there is no {variant}. " if none else ""
         message = (
-            f"{found.path}: the same part in several precisions: {listed}. Say which with"
+            f"{head}{found.path}: the same part in several precisions: {listed}. Say which with"
             " --variant, for example --variant full, or leave one in the folder"
         )
         raise WrongFolderError(message, code="undecided", param="--variant")
@@ -109,11 +119,10 @@ def _complete(found: Found, graphs: Mapping[str, Graph], text: Text) -> None:
     if "vision" in graphs and not found.picture:
         missing.append("preprocessor_config.json")
     if missing:
-        message = f"{found.path}: {', '.join(missing)} missing; {found.says()}"
-        raise WrongFolderError(message, code="incomplete")
+        raise WrongFolderError(advice.missing(found, missing), code="incomplete")
 
 
-def _template(
+def template_of(
     found: Found, able: list[Template], seen: Any, hidden: int | None, wishes: Wishes
 ) -> tuple[Candidate, str]:
     from rkvlmd.models import matching
@@ -143,7 +152,7 @@ def _template(
     raise WrongFolderError(message, code="unknown_family", param="--family")
 
 
-def _number(config: Mapping[str, Any], key: str) -> int | None:
+def number(config: Mapping[str, Any], key: str) -> int | None:
     """Return a number of the text model, which older files keep at the top."""
     for name in ("text_config", "language_config", "llm_config", ""):
         tree = config.get(name) if name else config
@@ -176,7 +185,7 @@ def _kv_bytes(shape: Mapping[str, Any]) -> int | None:
     return total or None
 
 
-def _external(found: Found, file: str, shape: Mapping[str, Any]) -> tuple[str, ...]:
+def external(found: Found, file: str, shape: Mapping[str, Any]) -> tuple[str, ...]:
     above = file.rpartition("/")[0]
     names: Sequence[str] = shape.get("external", ())
     data = [f"{above}/{name}" if above else name for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 TEMPLATE = "chat_template.jinja"
 #: Small files that the daemon reads beside those of the manifest.
 BESIDE = ("tokenizer_config.json",)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: What a model may be called.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHUNK = 1 << 20
+#: What a system says where somebody may not write.
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class CannotPlaceError(CtlError):
@@ -69,12 +73,21 @@ class Place:
             message = f"{above} has {size(free)} free, the files need {size(needed)}"
             raise CannotPlaceError(message, code="no_space", param="--models")
 
+    def above(self) -> Path:
+        """Return the folder nearest to the model's that is there already."""
+        return next(p for p in (self.folder.parent, *self.folder.parents) if p.is_dir())
+
     def write(
-        self, tree: dict[str, Any], source: Path, files: Iterable[str], texts: Mapping[str, str]
+        self,
+        tree: dict[str, Any],
+        source: Path,
+        files: Iterable[str],
+        texts: Mapping[str, str | Path],
     ) -> str:
         """Bring the files, write the manifest ``tree`` last; return how the files got there.
 
-        ``texts`` are the files that ``source`` has not, with their content.
+        ``texts`` are the files that ``source`` has not, with their content, or
+        where it was made.
 
         Raises:
           CannotPlaceError: a file cannot be written.
@@ -85,8 +98,12 @@ class Place:
             self.folder.mkdir(parents=True, exist_ok=True)
             for file in files:
                 target = self.folder / file
-                if file in texts:
-                    _written(target, texts[file])
+                made = texts.get(file)
+                if isinstance(made, Path):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(made, target)
+                elif made is not None:
+                    _written(target, made)
                 elif not self.own:
                     ways.add(_brought(source / file, target))
             if not self.own:
@@ -96,6 +113,11 @@ class Place:
             _written(self.folder / "rkvlm.json", _text(tree))
         except OSError as exc:
             message = f"{self.folder}: cannot be written ({exc.strerror})"
+            if exc.errno in _FORBIDDEN:
+                message += (
+                    "; run it as a user who may write there (sudo), or take another folder of"
+                    " models with --models, which the daemon must then be told of"
+                )
             raise CannotPlaceError(message, code="failed") from None
         if self.own:
             return "the files stay where they are"
@@ -111,7 +133,7 @@ def plan(source: Path, models: Path, name: str | None, model: str, *, replace: b
     """
     own = source.resolve().parent == models.resolve()
     chosen = name or (source.resolve().name if own else model)
-    if not _NAME.fullmatch(chosen):
+    if not NAME.fullmatch(chosen):
         message = (
             f"{chosen!r} cannot be a model's name (letters, digits, dot, dash, underscore, at"
             " most 64); give one with --as NAME"
@@ -148,7 +170,11 @@ def files_of(tree: dict[str, Any]) -> list[str]:
 
 
 def hashes(
-    source: Path, files: Iterable[str], texts: Mapping[str, str], line: ProgressLine, name: str
+    source: Path,
+    files: Iterable[str],
+    texts: Mapping[str, str | Path],
+    line: ProgressLine,
+    name: str,
 ) -> dict[str, str]:
     """Return the SHA-256 (hex) of each file; reads them all, but those in ``texts``.
 
@@ -161,11 +187,12 @@ def hashes(
     done, found = 0, {}
     for file in names:
         digest = hashlib.sha256()
-        if file in texts:
-            digest.update(texts[file].encode())
+        made = texts.get(file)
+        if isinstance(made, str):
+            digest.update(made.encode())
         else:
             try:
-                with (source / file).open("rb") as opened:
+                with (made or source / file).open("rb") as opened:
                     while data := opened.read(_CHUNK):
                         digest.update(data)
                         done += len(data)

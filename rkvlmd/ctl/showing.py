@@ -11,7 +11,7 @@ from rkvlmd.ctl.client import CtlError
 
 if TYPE_CHECKING:
     from rkvlmd.models.catalog import Entry
-    from rkvlmd.models.manifest import Encoder, Manifest
+    from rkvlmd.models.manifest import Embeddings, Encoder, Manifest
     from rkvlmd.models.templates import Template
 
 #: Pictures for which the number of tokens is told, pixels.
@@ -20,8 +20,14 @@ _CATALOGUE = ("model", "family", "engines", "installed")
 _RULES = {
     "stretch": "stretched", "pad": "padded", "crop": "cut to its middle",
     "aspect": "in its own ratio", "tiles": "in tiles", "split": "in parts",
-    "slices": "in slices", "base_tiles": "padded, and in tiles",
+    "slices": "padded, and in slices", "base_tiles": "padded, and in tiles",
 }  # fmt: skip
+
+
+#: What is said of vectors of a model that was trained to write.
+UNTRAINED = (
+    "the model was not trained for search: compare with a model that was before you rely on them"
+)
 
 
 def run(name: str | None, config: Path | None, models: Path | None, *, as_json: bool) -> int:
@@ -101,8 +107,11 @@ def of_model(entry: Entry) -> dict[str, Any]:
         "context": decoder.context,
         "answer_tokens": manifest.defaults.max_tokens,
         "capabilities": list(manifest.capabilities),
+        "answers": manifest.decoder.engine != "tower",
         "pictures": _pictures(manifest),
         "video": _video(manifest),
+        "embeddings": _embeddings(manifest),
+        "thinking": _thinking(manifest),
         "adapters": [f"{entry.name}:{adapter.name}" for adapter in decoder.adapters],
         "tokens_counted": manifest.tokenizer is not None,
         "template": manifest.template.file if manifest.template else f"of family {manifest.family}",
@@ -115,13 +124,47 @@ def of_model(entry: Entry) -> dict[str, Any]:
     return told
 
 
+def _thinking(manifest: Manifest) -> dict[str, Any] | None:
+    """Return whether the model thinks aloud by itself, ``None`` as its answer where it may."""
+    if manifest.thinking is None:
+        return None
+    unasked = manifest.defaults.enable_thinking
+    if unasked is None and (manifest.template is None or manifest.thinking.system):
+        unasked = False  # so do the templates of families, and models that are told in words
+    return {"unasked": unasked}
+
+
+def _embeddings(manifest: Manifest) -> dict[str, Any]:
+    """Return what ``/v1/embeddings`` makes, or ``why`` it makes nothing."""
+    how = manifest.embeddings
+    if how is None:
+        if manifest.decoder.engine == "onnx":
+            why = "the decoder's file gives no hidden states; tools/export_onnx --hidden makes one"
+        else:
+            why = "rkvlm.json has no section embeddings"
+        return {"of": [], "dimensions": 0, "why": why}
+    return {
+        "of": list(how.inputs),
+        "dimensions": manifest.decoder.embedding,
+        "trained": how.trained,
+        "from": _origin(manifest, how),
+    }
+
+
+def _origin(manifest: Manifest, how: Embeddings) -> str:
+    if manifest.decoder.engine == "tower":
+        return "towers for texts and for pictures"
+    which = {"last": "the last token", "first": "the first token", "mean": "all tokens"}[how.pool]
+    return f"hidden states of {which}"
+
+
 def _engines(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys([*(e.engine for e in manifest.encoders), manifest.decoder.engine]))
 
 
 def _pictures(manifest: Manifest) -> dict[str, Any] | None:
     """Return what becomes of pictures; ``None`` where the model takes none."""
-    from rkvlmd.models import views
+    from rkvlmd.models import assembly, views
 
     if not manifest.encoders:
         return None
@@ -137,6 +180,7 @@ def _pictures(manifest: Manifest) -> dict[str, Any] | None:
         "several": "multi_image" in manifest.capabilities,
         "several_from": manifest.decoder.multi_image_from,
         "sizes": [_size(encoder) for encoder in manifest.encoders],
+        "block": assembly.says(manifest),
         "tokens": examples,
         "most": (manifest.decoder.context - 1) // max(1, min(e["tokens"] for e in examples)),
     }
@@ -146,13 +190,21 @@ def _size(encoder: Encoder) -> str:
     rule = _RULES[encoder.resize.rule]
     if encoder.resize.rule == "aspect":
         return f"up to {encoder.resize.max_pixels} pixels, {rule}"
-    return f"{encoder.width}x{encoder.height}, {rule}"
+    if encoder.tile:
+        return f"tiles of {encoder.width}x{encoder.height}"
+    asked = " where a request says detail high" if encoder.resize.cut_at == "high" else ""
+    return f"{encoder.width}x{encoder.height}, {rule}{asked}"
 
 
 def _video(manifest: Manifest) -> dict[str, Any] | None:
     if "video" not in manifest.capabilities:
         return None
-    return {"native": manifest.video is not None, "frames": manifest.video_frames}
+    from rkvlmd.models import films
+
+    native = manifest.video is not None
+    if native and manifest.decoder.engine == "onnx":
+        native = films.of(manifest) is not None
+    return {"native": native, "frames": manifest.video_frames}
 
 
 def _warnings(manifest: Manifest) -> list[str]:
@@ -176,10 +228,12 @@ def of_template(template: Template) -> dict[str, Any]:
         "engines": list(template.engines()),
         "library_versions": list(template.versions("rkllm")),
         "capabilities": list(template.manifest.get("capabilities", [])),
+        "answers": template.family != "clip",
         "encoder_sizes": [f"{w}x{h}" for w, h in match.sizes],
         "encoder_tokens": [match.tokens.of(w, h) for w, h in match.sizes] if match.tokens else [],
         "encoder_outputs": match.outputs if match.tokens else 0,
         "embedding": match.embedding,
+        "embeddings": template.manifest.get("embeddings"),
         "sources": dict(template.sources),
         "unverified": list(template.unverified),
         "warnings": [f"{key}: nobody has confirmed this value" for key in template.unverified],
@@ -199,7 +253,8 @@ def for_people(told: dict[str, Any]) -> str:
     row("family", told["family"])
     versions = ", ".join(told["library_versions"])
     row("engines", ", ".join(told["engines"]) + (f"; librkllmrt.so {versions}" if versions else ""))
-    row("can", ", ".join(told["capabilities"]) or "text")
+    can = [*(["text"] if told["answers"] else []), *told["capabilities"]]
+    row("can", ", ".join(can))
     if told["installed"]:
         _installed_rows(told, row)
     else:
@@ -210,15 +265,29 @@ def for_people(told: dict[str, Any]) -> str:
     return "\n".join(render.plain(line) for line in lines)
 
 
+def _vectors(made: dict[str, Any]) -> str:
+    if not made["of"]:
+        return f"none: {made['why']}"
+    kinds = {"text": "texts", "image": "pictures"}
+    of = " and ".join(kinds[kind] for kind in made["of"])
+    text = f"of {of}, {made['dimensions']} floats, from {made['from']}"
+    return text if made["trained"] else f"{text}; {UNTRAINED}"
+
+
 def _installed_rows(told: dict[str, Any], row: Any) -> None:
-    row("context", f"{told['context']} tokens, prompt and answer together")
+    together = "prompt and answer together" if told["answers"] else "one text"
+    row("context", f"{told['context']} tokens, {together}")
     pictures = told["pictures"]
     if pictures is None:
         row("pictures", "none")
     else:
         several = f"yes, {pictures['most']} at most" if pictures["several"] else "no"
         row("pictures", "; ".join(pictures["sizes"]))
-        row("several", several)
+        if pictures["block"]:
+            row("given as", pictures["block"])
+        row("several", several if told["answers"] else "no; one vector a picture")
+        if not told["answers"]:
+            pictures = pictures | {"tokens": []}
         same = len({(e["tokens"], e["low"], e["high"]) for e in pictures["tokens"]}) == 1
         for example in pictures["tokens"][: 1 if same else None]:
             size = "any size" if same else f"{example['width']}x{example['height']}"
@@ -228,6 +297,10 @@ def _installed_rows(told: dict[str, Any], row: Any) -> None:
     if told["video"]:
         way = "natively" if told["video"]["native"] else "as pictures with their times"
         row("video", f"{told['video']['frames']} frames, {way}")
+    row("embeddings", _vectors(told["embeddings"]))
+    if told["thinking"]:
+        ways = {True: "unless told not to", False: "when asked to", None: "as its template has it"}
+        row("thinks", f"{ways[told['thinking']['unasked']]} (enable_thinking)")
     if told["adapters"]:
         row("adapters", ", ".join(told["adapters"]))
     row(

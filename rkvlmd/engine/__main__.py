@@ -2,7 +2,8 @@
 
 ``--script JSON`` gives faults to tests and benchmarks (``rkvlmd.engine.script``); the daemon
 never passes it. ``python -m rkvlmd.engine inspect FILE`` prints an ONNX file's shapes as JSON,
-``inspect FOLDER`` what prompts of the model in it become.
+``inspect FOLDER`` what prompts of the model in it become; ``cut FILE TARGET OUTPUT`` writes the
+part of an ONNX file that computes one output.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> NoReturn:
     """Run a child until its socket ends."""
     if argv[:1] == ["inspect"]:
         sys.exit(_inspect(argv[1:]))
+    if argv[:1] == ["cut"]:
+        sys.exit(_cut(argv[1:]))
     options = _parse(argv)
     # Only the end of the socket means "leave": a terminal's Ctrl-C and a stop of the whole
     # service are the daemon's to handle.
@@ -39,11 +42,15 @@ def main(argv: list[str]) -> NoReturn:
     faulthandler.enable(sys.stderr)
     if options.memory:
         _limit_memory(options.memory)
-    run(options.role, options.fd, options.script)
+    run(options.role, options.fd, options.script, options.warm)
 
 
-def run(role: str, fd: int, script_text: str) -> NoReturn:
-    """Say ``hello`` and serve; imports only what the role needs."""
+def run(role: str, fd: int, script_text: str, warm: str = "") -> NoReturn:
+    """Say ``hello`` and serve; imports only what the role needs.
+
+    ``warm``: modules that a prep child imports before its first order, with
+    commas; empty for all.
+    """
     from rkvlmd.engine.channel import Channel
     from rkvlmd.engine.loop import Loop
     from rkvlmd.engine.script import Script
@@ -55,9 +62,9 @@ def run(role: str, fd: int, script_text: str) -> NoReturn:
         script.strike("hello")
     channel.send(child.Hello(pid=os.getpid(), role=role, libraries=_versions(role)))
     if role == "prep":
-        from rkvlmd.engine.prep import PrepRole
+        from rkvlmd.engine.prep import WARM, PrepRole
 
-        Loop(channel, PrepRole(script)).run()
+        Loop(channel, PrepRole(script, warm.split(",") if warm else WARM)).run()
     from rkvlmd.engine.roles import EngineRole
 
     Loop(channel, EngineRole(role, script)).run()
@@ -69,6 +76,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", default="", help="shown in the process list")
     parser.add_argument("--fd", type=int, required=True, help="number of the socket")
     parser.add_argument("--memory", type=int, default=0, help="address space in bytes, 0 for any")
+    parser.add_argument("--warm", default="", help="modules that a prep child imports at once")
     parser.add_argument("--script", default="", help="faults, for tests and benchmarks")
     return parser.parse_args(argv)
 
@@ -85,6 +93,26 @@ def _inspect(paths: list[str]) -> int:
         print(json.dumps(found))
     except RkvlmdError as exc:
         print(exc.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _cut(words: list[str]) -> int:
+    from pathlib import Path
+
+    from rkvlmd.engine.graph_cut import cut
+    from rkvlmd.engine.graph_header import NotOnnxError
+
+    if len(words) != 3:
+        print("usage: python -m rkvlmd.engine cut FILE TARGET OUTPUT", file=sys.stderr)
+        return 2
+    try:
+        cut(Path(words[0]), Path(words[1]), words[2])
+    except NotOnnxError as exc:
+        print(f"cannot be taken apart: {exc}", file=sys.stderr)
+        return 1
+    except OSError as exc:
+        print(f"cannot be taken apart ({exc.strerror})", file=sys.stderr)
         return 1
     return 0
 

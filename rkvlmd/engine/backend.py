@@ -9,7 +9,7 @@ a bug, and ends the child.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,31 @@ class EncoderBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class InPlaceEncoder(EncoderBackend, Protocol):
+    """An encoder that can put its rows where they are wanted."""
+
+    @property
+    def rows_shape(self) -> tuple[int, int] | None:
+        """The shape of every picture's rows, where that is known since the load."""
+        ...
+
+    def encode_into(
+        self, pixels: npt.NDArray[Any], grid: Grid | None, rows: Callable[[], Rows]
+    ) -> object:
+        """Fill all of ``rows()``, an array of ``rows_shape``; ask for it as late as possible.
+
+        What is returned is kept until the rows are on their way: freeing
+        megabytes takes time.
+        """
+        ...
+
+
 class DecoderBackend(Protocol):
-    """Tokens and embeddings to text."""
+    """Tokens and embeddings to text.
+
+    One with a true ``in_callback`` says what it says while its library waits.
+    """
 
     def load(self, order: child.Load, progress: Progress) -> dict[str, Any]:
         """Open the model; return what ``ready`` tells (library versions, shapes)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import threading
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from rkvlmd.wire import child, frames
 
 _READ = 1 << 18
+#: Frames that may wait for the channel's own thread; who sends one more sends them himself.
+MOST_LATER = 256
 _ROOM = socket.CMSG_SPACE(frames.MAX_FDS * array.array("i").itemsize)
 
 Received = tuple[child.ToChild, list[int]]
@@ -33,6 +36,10 @@ class Channel:
         self._decoder = frames.FrameDecoder()
         self._fds: deque[int] = deque()
         self._lock = threading.Lock()
+        self._later: deque[child.FromChild] = deque()
+        #: Locked until something waits in ``_later``; made with the thread that waits for it.
+        self._bell: threading.Lock | None = None
+        self._error: OSError | None = None
 
     def fileno(self) -> int:
         """Return the socket's descriptor, to wait on."""
@@ -76,7 +83,7 @@ class Channel:
         return received
 
     def send(self, message: child.FromChild, fds: Sequence[int] = ()) -> None:
-        """Send one frame whole; waits while the other side does not read.
+        """Send one frame whole, behind those of ``send_later``; waits while nobody reads.
 
         Raises:
           ConnectionError: the other side is gone.
@@ -84,7 +91,54 @@ class Channel:
         """
         frame = _frame(message, fds)
         with self._lock:
-            self._send(frame, fds, 0)
+            self._send(self._waiting() + frame, fds, 0)
+
+    def hold(self, message: child.FromChild) -> None:
+        """Send one frame without descriptors together with the next one of this thread."""
+        self._later.append(message)
+
+    def send_later(self, message: child.FromChild) -> None:
+        """Have a thread of this channel send one frame without descriptors, soon and in order.
+
+        For one thread at a time, which must not wait for the socket: it does so
+        only when ``MOST_LATER`` frames are in front of this one.
+
+        Raises:
+          ConnectionError: the other side is gone, or was at an earlier frame.
+
+        """
+        if self._error is not None:
+            raise self._error
+        if len(self._later) >= MOST_LATER:
+            self.send(message)
+            return
+        self._later.append(message)
+        bell = self._bell
+        if bell is None:
+            self._bell = bell = threading.Lock()
+            threading.Thread(target=self._writer, args=(bell,), name="writer", daemon=True).start()
+        elif bell.locked():
+            bell.release()
+
+    def _writer(self, bell: threading.Lock) -> None:
+        # Who rings has something better to do, and shall not lose its processor to this thread.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        try:
+            while self._error is None:
+                bell.acquire()
+                with self._lock:
+                    if data := self._waiting():
+                        self._send(data, (), 0)
+        except OSError as exc:
+            self._error = exc  # for the next one who sends
+
+    def _waiting(self) -> bytes:
+        """Take what ``send_later`` and ``hold`` were given; the lock is held."""
+        found = []
+        while self._later:
+            found.append(_frame(self._later.popleft(), ()))
+        return b"".join(found)
 
     def send_nowait(self, message: child.FromChild) -> bool:
         """Send one frame unless that would wait; return whether it went."""
@@ -107,7 +161,10 @@ class Channel:
             self._sock.sendall(memoryview(frame)[sent:])
 
     def close(self) -> None:
-        """Close the socket and every descriptor that no frame claimed."""
+        """Close the socket and every descriptor that no frame claimed; the thread ends."""
+        self._error = ConnectionError("closed")
+        if self._bell is not None and self._bell.locked():
+            self._bell.release()
         close_all(self._fds)
         self._fds.clear()
         self._sock.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ REPLACEMENT = "\ufffd"
 class Vocabulary:
     """A tokenizer, as far as text comes out of it."""
 
-    def __init__(self, path: Path) -> None:
-        """Read ``tokenizer.json``. Raises ``ValueError`` when it is not one."""
+    def __init__(self, path: Path, shown: Collection[str] = ()) -> None:
+        """Read ``tokenizer.json``; the special tokens ``shown`` are no special ones.
+
+        Raises:
+          ValueError: it is no tokenizer.
+
+        """
         source = path.read_bytes()
         try:
             self.tokenizer = Tokenizer.from_buffer(source)
@@ -29,7 +35,9 @@ class Vocabulary:
         tree = json.loads(source)
         self.byte_level = _is_byte_level(tree.get("decoder"))
         added = tree.get("added_tokens", [])
-        self.special = frozenset(t["id"] for t in added if t.get("special"))
+        self.special = frozenset(
+            t["id"] for t in added if t.get("special") and t["content"] not in shown
+        )
         self._added = {t["id"]: t["content"].encode() for t in added}
         self._bytes: dict[int, bytes] = {}
 
@@ -82,8 +90,9 @@ class Detokenizer:
 
     def _rest(self) -> str:
         decode = self._vocabulary.tokenizer.decode
-        before = decode(self._ids[: self._read])
-        return str(decode(self._ids)[len(before) :])
+        # What is special has been left out before.
+        before = decode(self._ids[: self._read], skip_special_tokens=False)
+        return str(decode(self._ids, skip_special_tokens=False)[len(before) :])
 
 
 def _is_byte_level(decoder: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 _MAX_LIST = 1 << 16
 _MAX_TEXT = 1 << 16
 # Wire types of protobuf.
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _FIXED64, BYTES, _FIXED32 = 0, 1, 2, 5
 # onnx.proto: ModelProto, GraphProto, ValueInfoProto, TypeProto, TensorProto.
 _PRODUCER, _GRAPH, _METADATA = 2, 7, 14
 _INITIALIZER, _INPUT, _OUTPUT = 5, 11, 12
@@ -52,12 +52,15 @@ class Header:
     external: set[str] = field(default_factory=set)
 
 
-class _Field(NamedTuple):
+class Field(NamedTuple):
+    """A field of a message; ``next`` is where the next one begins."""
+
     number: int
     wire: int
     value: int  # of a varint
     start: int  # of bytes
     end: int
+    next: int
 
 
 def read(path: Path) -> Header:
@@ -79,13 +82,13 @@ def read(path: Path) -> Header:
 
 def _model(data: mmap.mmap) -> Header:
     header, seen = Header(), False
-    for item in _fields(data, 0, len(data)):
-        if item.number == _PRODUCER and item.wire == _BYTES:
-            header.producer = _text(data, item)
-        elif item.number == _METADATA and item.wire == _BYTES:
-            pair = {f.number: _text(data, f) for f in _inside(data, item) if f.wire == _BYTES}
+    for item in fields(data, 0, len(data)):
+        if item.number == _PRODUCER and item.wire == BYTES:
+            header.producer = text(data, item)
+        elif item.number == _METADATA and item.wire == BYTES:
+            pair = {f.number: text(data, f) for f in inside(data, item) if f.wire == BYTES}
             header.metadata[pair.get(1, "")] = pair.get(2, "")
-        elif item.number == _GRAPH and item.wire == _BYTES:
+        elif item.number == _GRAPH and item.wire == BYTES:
             seen = True
             _graph(data, item, header)
     if not seen:
@@ -93,10 +96,10 @@ def _model(data: mmap.mmap) -> Header:
     return header
 
 
-def _graph(data: mmap.mmap, graph: _Field, header: Header) -> None:
+def _graph(data: mmap.mmap, graph: Field, header: Header) -> None:
     weights: set[str] = set()
-    for item in _inside(data, graph):
-        if item.wire != _BYTES:
+    for item in inside(data, graph):
+        if item.wire != BYTES:
             continue
         if item.number == _INPUT:
             header.inputs.append(_value(data, item))
@@ -108,52 +111,54 @@ def _graph(data: mmap.mmap, graph: _Field, header: Header) -> None:
     header.inputs = [value for value in header.inputs if value.name not in weights]
 
 
-def _weights(data: mmap.mmap, tensor: _Field, names: set[str], external: set[str]) -> None:
-    for item in _inside(data, tensor):
-        if item.number == _TENSOR_NAME and item.wire == _BYTES:
-            names.add(_text(data, item))
-        elif item.number == _EXTERNAL and item.wire == _BYTES and len(external) < _MAX_LIST:
-            pair = {f.number: _text(data, f) for f in _inside(data, item) if f.wire == _BYTES}
+def _weights(data: mmap.mmap, tensor: Field, names: set[str], external: set[str]) -> None:
+    for item in inside(data, tensor):
+        if item.number == _TENSOR_NAME and item.wire == BYTES:
+            names.add(text(data, item))
+        elif item.number == _EXTERNAL and item.wire == BYTES and len(external) < _MAX_LIST:
+            pair = {f.number: text(data, f) for f in inside(data, item) if f.wire == BYTES}
             if pair.get(1) == "location":
                 external.add(pair.get(2, ""))
 
 
-def _value(data: mmap.mmap, value: _Field) -> Value:
+def _value(data: mmap.mmap, value: Field) -> Value:
     name, kind = "", ""
     shape: list[int | str | None] = []
-    for item in _inside(data, value):
-        if item.number == 1 and item.wire == _BYTES:
-            name = _text(data, item)
-        elif item.number == 2 and item.wire == _BYTES:
-            for tensor in _inside(data, item):  # TypeProto: tensor_type is 1
-                if tensor.number != 1 or tensor.wire != _BYTES:
+    for item in inside(data, value):
+        if item.number == 1 and item.wire == BYTES:
+            name = text(data, item)
+        elif item.number == 2 and item.wire == BYTES:
+            for tensor in inside(data, item):  # TypeProto: tensor_type is 1
+                if tensor.number != 1 or tensor.wire != BYTES:
                     continue
-                for part in _inside(data, tensor):
+                for part in inside(data, tensor):
                     if part.number == 1 and part.wire == _VARINT:
                         kind = TYPES.get(part.value, str(part.value))
-                    elif part.number == 2 and part.wire == _BYTES:
-                        shape = [_size(data, d) for d in _inside(data, part) if d.number == 1]
+                    elif part.number == 2 and part.wire == BYTES:
+                        shape = [_size(data, d) for d in inside(data, part) if d.number == 1]
     return Value(name, shape, kind)
 
 
-def _size(data: mmap.mmap, dimension: _Field) -> int | str | None:
-    for item in _inside(data, dimension):
+def _size(data: mmap.mmap, dimension: Field) -> int | str | None:
+    for item in inside(data, dimension):
         if item.number == 1 and item.wire == _VARINT:
             return item.value
-        if item.number == 2 and item.wire == _BYTES:
-            return _text(data, item)
+        if item.number == 2 and item.wire == BYTES:
+            return text(data, item)
     return None
 
 
-def _text(data: mmap.mmap, item: _Field) -> str:
+def text(data: mmap.mmap, item: Field) -> str:
+    """Return a string field."""
     return data[item.start : min(item.end, item.start + _MAX_TEXT)].decode("utf-8", "replace")
 
 
-def _inside(data: mmap.mmap, item: _Field) -> Iterator[_Field]:
-    return _fields(data, item.start, item.end)
+def inside(data: mmap.mmap, item: Field) -> Iterator[Field]:
+    """Yield the fields of the message in a field."""
+    return fields(data, item.start, item.end)
 
 
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
+def fields(data: mmap.mmap, at: int, end: int) -> Iterator[Field]:
     """Yield the fields of the message in ``data[at:end]``."""
     while at < end:
         key, at = _varint(data, at, end)
@@ -163,7 +168,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
         value = start = stop = 0
         if wire == _VARINT:
             value, at = _varint(data, at, end)
-        elif wire == _BYTES:
+        elif wire == BYTES:
             length, start = _varint(data, at, end)
             at = stop = start + length
         elif wire in {_FIXED32, _FIXED64}:
@@ -172,7 +177,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
             raise NotOnnxError("a field has an unknown type")
         if at > end:
             raise NotOnnxError("a field is longer than the file")
-        yield _Field(number, wire, value, start, stop)
+        yield Field(number, wire, value, start, stop, at)
 
 
 def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:

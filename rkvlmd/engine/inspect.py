@@ -49,7 +49,7 @@ def prompts(folder: str) -> dict[str, Any]:
 
     ``tokens`` of a question, ``picture`` the tokens that one picture of 640 x
     480 pixels adds, ``counted`` whether a tokenizer counts. A model that takes
-    several pictures is tried with two.
+    several pictures is tried with two. The rows of an ``assembly`` are read.
 
     Raises:
       RkvlmdError: ``invalid_model`` when manifest, template and tokenizer do not go together.
@@ -66,9 +66,13 @@ def prompts(folder: str) -> dict[str, Any]:
         raise RkvlmdError("invalid_model", f"{manifest.FILE} cannot be read.") from None
     except ManifestError as exc:
         raise RkvlmdError("invalid_model", f"{'; '.join(exc.problems)}.") from exc
+    if model.assembly is not None:
+        from rkvlmd.engine.assemble import Assembler
+
+        Assembler(Path(folder), model)
     plain = _tokens(folder, model, 0)
     found: dict[str, Any] = {"tokens": plain, "counted": model.tokenizer is not None}
-    if model.encoders:
+    if model.encoders and model.decoder.engine != "tower":  # a tower reads no pictures
         found["picture"] = _tokens(folder, model, 1) - plain
         if "multi_image" in model.capabilities:
             _tokens(folder, model, 2)
@@ -83,9 +87,9 @@ def _tokens(folder: str, model: Manifest, pictures: int) -> int:
     laid = []
     for _ in range(pictures):
         plan = views.plan(model, _WIDTH, _HEIGHT)
-        laid.append(Laid(layout=list(plan.layout), tokens=[view.tokens for view in plan.views]))
+        laid.append(Laid(layout=list(plan.layout), tokens=list(plan.places)))
     places: list[dict[str, Any]] = [{"picture": index} for index in range(pictures)]
     turns = [{"role": "user", "parts": [*places, {"text": "What is this?"}]}]
     if model.decoder.engine == "rkllm":
         return render.render_text(folder, model, turns, laid).most
-    return len(render.render(folder, model, turns, laid)[0])
+    return render.render(folder, model, turns, laid).most

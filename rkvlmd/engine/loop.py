@@ -30,6 +30,7 @@ Order = (
     child.Load
     | child.Picture
     | child.Video
+    | child.Frames
     | child.Render
     | child.Encode
     | child.Generate
@@ -40,8 +41,15 @@ Order = (
 class Send(Protocol):
     """How a role answers; descriptors stay the role's."""
 
-    def __call__(self, message: child.FromChild, fds: Sequence[int] = ()) -> None:
-        """Send one frame."""
+    def __call__(
+        self, message: child.FromChild, fds: Sequence[int] = (), *, in_callback: bool = False
+    ) -> None:
+        """Send one frame.
+
+        ``in_callback``: a library waits for the caller, so frames between an
+        order and its end go by another thread. They keep their order, and stand
+        before whatever is sent later.
+        """
         ...
 
 
@@ -155,8 +163,21 @@ class Loop:
     def _do(self, order: Order, fds: Sequence[int]) -> None:
         number = _id(order)
 
-        def send(message: child.FromChild, fds: Sequence[int] = ()) -> None:
-            self._channel.send(message, fds)
+        said = False
+
+        def send(
+            message: child.FromChild, fds: Sequence[int] = (), *, in_callback: bool = False
+        ) -> None:
+            nonlocal said
+            if said and in_callback and isinstance(message, child.Text):
+                self._channel.send_later(message)
+            elif in_callback and isinstance(message, child.Prefilled):
+                self._channel.hold(message)
+            else:
+                # A job whose child dies is done again if it has no text yet: so the first one is
+                # on its way before a library goes on.
+                said = said or isinstance(message, child.Text)
+                self._channel.send(message, fds)
             # Closes the gap between an abort and a backend that began to listen after it.
             if number in self._aborted and isinstance(message, child.Prefilled | child.Text):
                 self._role.abort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import mmap
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from rkvlmd.wire.child import Tensor
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+#: From Linux 5.1 (fcntl(2)): what is mapped already may be written, nothing else.
+_SEAL_FUTURE_WRITE = 0x10
 #: numpy names that a tensor may have.
 DTYPES = frozenset({"uint8", "int32", "int64", "float16", "float32"})
 
@@ -41,6 +44,37 @@ def from_array(array: npt.NDArray[Any], name: str = "rkvlmd") -> tuple[int, Tens
     array = np.ascontiguousarray(array)
     tensor = Tensor(shape=tuple(array.shape), dtype=array.dtype.name)
     return create(array.reshape(-1).view(np.uint8).data, name), tensor
+
+
+def writable(size: int, name: str = "rkvlmd-rows") -> tuple[int, mmap.mmap]:
+    """Return a new memory file of ``size`` bytes and a mapping of it, to be sealed once filled.
+
+    Raises:
+      OSError: there is no memory for all of it.
+
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        return fd, mmap.mmap(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def seal(fd: int, mapped: mmap.mmap) -> None:
+    """Seal a file of ``writable``; the caller does not write to its mapping any more.
+
+    Taking a large mapping apart takes as long as filling it, so it stays until
+    the file is on its way; kernels before 5.1 want it closed first.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS & ~fcntl.F_SEAL_WRITE | _SEAL_FUTURE_WRITE)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        mapped.close()
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
 
 def checked_size(fd: int) -> int:

@@ -250,7 +250,8 @@ class OnnxDecoder:
         self, order: child.Generate, logits: npt.NDArray[np.float32], say: Say
     ) -> tuple[Reason, int]:
         sampler = Sampler(order, order.tokens)
-        detok, matcher = Detokenizer(self._vocabulary), StopMatcher(order.stop)
+        detok = Detokenizer(self._vocabulary)
+        matcher = StopMatcher(order.stop, order.thinking)
         limit = min(order.max_tokens, self._context - len(order.tokens))
         completion = 0
         reason: Reason = "length"
@@ -348,7 +349,8 @@ def _open_vocabulary(folder: Path, manifest: manifests.Manifest) -> Vocabulary:
     if not path.is_file():
         raise RkvlmdError("invalid_model", f"tokenizer.file: {path.name} is missing.")
     try:
-        return Vocabulary(path)
+        tags = manifest.thinking
+        return Vocabulary(path, (tags.start, tags.end) if tags is not None else ())
     except ValueError as exc:
         common.tell(f"{path.name}: {exc}")
         raise RkvlmdError(

@@ -19,6 +19,8 @@ from rkvlmd.wire import child
 MASK = "pixel_attention_mask"
 #: Names of the input that takes the grid of flattened patches, int64 of shape (1, 3).
 GRIDS = ("image_grid_thw", "grid_thw")
+#: The output of CLIP's vision tower that is compared; its hidden states may stand before it.
+VECTOR = "image_embeds"
 
 
 class OnnxEncoder:
@@ -36,6 +38,8 @@ class OnnxEncoder:
         self._entry: manifests.Encoder | None = None
         self._masked = False
         self._grid = ""
+        #: Names of the outputs that are asked for; ``None`` for all.
+        self._wanted: list[str] | None = None
         self._key = ""
 
     def load(self, order: child.Load, progress: Progress) -> dict[str, Any]:
@@ -133,7 +137,7 @@ class OnnxEncoder:
         if self._grid:
             feeds[self._grid] = np.array([grid], np.int64)
         try:
-            found = self._session.run(None, feeds)
+            found = self._session.run(self._wanted, feeds)
             if self._projector is not None:
                 found = self._project(self._projector, found[0])
         except common.RUN_ERRORS as exc:
@@ -170,7 +174,10 @@ class OnnxEncoder:
         if len(last.get_outputs()) < entry.outputs:
             common.agree(f"{self._key}.outputs", "the number of outputs",
                          len(last.get_outputs()), entry.outputs)  # fmt: skip
-        for out in last.get_outputs()[: entry.outputs]:
+        given = last.get_outputs()
+        if self._projector is None and (named := [a for a in given if a.name == VECTOR]):
+            given, self._wanted = named, [VECTOR]
+        for out in given[: entry.outputs]:
             common.agree(f"{self._key}.embedding", "the row", out.shape[-1], entry.embedding)
 
 

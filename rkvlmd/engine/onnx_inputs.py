@@ -159,7 +159,8 @@ class Prompt:
     def _positions(order: child.Generate | child.Embed) -> positions.Positions:
         try:
             return positions.mrope(
-                len(order.tokens), [(s.start, s.count, s.grid) for s in order.spans]
+                len(order.tokens),
+                [positions.Seen(s.start, s.count, s.grid, s.video, s.time) for s in order.spans],
             )
         except ValueError as exc:
             raise RkvlmdError("engine_error", "A picture does not fit its place.") from exc

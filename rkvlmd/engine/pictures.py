@@ -6,7 +6,8 @@ import binascii
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +153,50 @@ def prepare_views(
       RkvlmdError: each way in which the file is no picture within the limits.
 
     """
+    with _reading(data, limits) as kind:
+        image, size, plan = _decode(data, kind, planner, limits, exact=exact)
+        tensors = resample.to_inputs(image, plan.views, encoders, exact=exact)
+    return Views(tensors, plan, size[0], size[1], kind.lower())
+
+
+def frame_pixels(
+    data: bytes, planner: Planner, encoder: Encoder, limits: Limits, *, exact: bool = False
+) -> tuple[resample.Pixels, View]:
+    """Decode a picture file into the one view of its plan, uint8 of (height, width, 3).
+
+    Raises:
+      RkvlmdError: as ``prepare_views``.
+
+    """
+    with _reading(data, limits) as kind:
+        image, _, plan = _decode(data, kind, planner, limits, exact=exact)
+        view = plan.views[0]
+        return resample.Sheets(image, exact=exact).pixels(view.cut, encoder.resize), view
+
+
+def upright_size(data: bytes, limits: Limits) -> tuple[int, int]:
+    """Return the width and height of a picture file without decoding it.
+
+    Raises:
+      RkvlmdError: as ``prepare_views``, as far as its header shows.
+
+    """
+    with _reading(data, limits) as kind:
+        if kind == "WEBP":
+            _check_size(_webp_size(data), limits)
+        with _open(data, kind) as image:
+            _check_size(image.size, limits)
+            return _upright(image.size, _orientation(image))
+
+
+@contextmanager
+def _reading(data: bytes, limits: Limits) -> Iterator[str]:
+    """Check a file's size, tell its format, and turn what a decoder raises into what clients read.
+
+    Raises:
+      RkvlmdError: each way in which the file is no picture within the limits.
+
+    """
     check_bytes(len(data), limits)
     kind = sniff(data)
     if kind is None:
@@ -163,8 +208,7 @@ def prepare_views(
         with warnings.catch_warnings():
             # Pillow warns of pictures above its own limit, and of odd files that it can read.
             warnings.simplefilter("ignore")
-            image, size, plan = _decode(data, kind, planner, limits, exact=exact)
-            tensors = resample.to_inputs(image, plan.views, encoders, exact=exact)
+            yield kind
     except RkvlmdError:
         raise
     except MemoryError:
@@ -175,7 +219,6 @@ def prepare_views(
         raise RkvlmdError(
             "image_parse_error", f"The picture is a damaged or cut off {_name(kind)} file."
         ) from None
-    return Views(tensors, plan, size[0], size[1], kind.lower())
 
 
 def _decode(

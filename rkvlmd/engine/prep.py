@@ -7,7 +7,7 @@ import importlib
 import os
 from collections.abc import Sequence
 
-from rkvlmd.engine import memfd
+from rkvlmd.engine import heap, memfd
 from rkvlmd.engine.loop import Order, Send
 from rkvlmd.engine.script import Script
 from rkvlmd.errors import RkvlmdError
@@ -16,20 +16,24 @@ from rkvlmd.wire import child
 
 #: How far behind the other processes of the daemon a prep child stands (nice(2)).
 NICE = 5
+#: Modules of this package that orders need. Jinja, tokenizers and what comes with them take 4 MB.
+WARM = ("pictures", "render")
 
 
 class PrepRole:
     """Decodes pictures and renders prompts, one at a time."""
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, warm: Sequence[str] = WARM) -> None:
         self._script = script
+        self._warm = warm
 
     def warm(self) -> None:
-        """Import what both orders need, while the daemon is still busy with the body."""
+        """Import what the orders to come need, while the daemon is still busy with the body."""
         # The daemon's loop and the engine come first: a picture can wait, a token cannot.
         os.nice(NICE)
-        for name in ("pictures", "render"):
+        for name in self._warm:
             importlib.import_module(f"rkvlmd.engine.{name}")
+        heap.give_back()
 
     def abort(self) -> None:
         """Nothing: an order ends by itself or with the process."""
@@ -42,6 +46,12 @@ class PrepRole:
           memfd.MemoryFileError: the daemon sent something else than it said.
 
         """
+        try:
+            self._work(order, fds, send)
+        finally:
+            heap.trim()  # the answer is on its way already
+
+    def _work(self, order: Order, fds: Sequence[int], send: Send) -> None:
         if isinstance(order, child.Picture):
             if self._script is not None:
                 self._script.strike("picture")
@@ -52,6 +62,12 @@ class PrepRole:
             if self._script is not None:
                 self._script.strike("video")
             video_order.work(order, fds, send)
+        elif isinstance(order, child.Frames):
+            from rkvlmd.engine import frames_order
+
+            if self._script is not None:
+                self._script.strike("picture")
+            frames_order.work(order, fds, send)
         elif isinstance(order, child.Render):
             if self._script is not None:
                 self._script.strike("render")
@@ -83,6 +99,14 @@ class PrepRole:
             raise RkvlmdError(
                 "image_file_too_large", "The picture file needs more memory than one may take."
             ) from None
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 in order.known:
+            # Whoever asks has its rows, and knows what it becomes.
+            known = child.PictureDone(
+                id=order.id, sha256=sha256, width=0, height=0, format="", views=[], layout=[]
+            )
+            send(known, ())
+            return
         prepared = pictures.prepare_views(
             data,
             lambda width, height: views.plan(model, width, height, order.detail),
@@ -108,12 +132,13 @@ class PrepRole:
             send(
                 child.PictureDone(
                     id=order.id,
-                    sha256=hashlib.sha256(data).hexdigest(),
+                    sha256=sha256,
                     width=prepared.width,
                     height=prepared.height,
                     format=prepared.format,
                     views=built,
                     layout=list(prepared.plan.layout),
+                    tiles=prepared.plan.tiles,
                 ),
                 fds,
             )
@@ -125,16 +150,21 @@ class PrepRole:
         from rkvlmd.engine import render
 
         model = manifest.from_builtins(order.manifest)
-        text, count = "", 0
+        make = render.render_text if model.decoder.engine == "rkllm" else render.render
         try:
-            if model.decoder.engine == "rkllm":
-                text, tokens, spans, count = render.render_text(
-                    order.folder, model, order.turns, order.pictures
-                )
-            else:
-                tokens, spans = render.render(order.folder, model, order.turns, order.pictures)
+            made = make(order.folder, model, order.turns, order.pictures, order.thinking)
         except MemoryError:
             raise RkvlmdError(
                 "server_error", "The conversation needs more memory than one may take."
             ) from None
-        send(child.RenderDone(id=order.id, tokens=tokens, spans=spans, prompt=text, count=count))
+        send(
+            child.RenderDone(
+                id=order.id,
+                tokens=made.tokens,
+                spans=made.spans,
+                prompt=made.text,
+                count=made.most,
+                thinks=made.thinks,
+                switched=made.switched,
+            )
+        )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+import jinja2.meta
 from tokenizers import Tokenizer
 
+from rkvlmd.engine.jinja import TemplateRefusalError, environment
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import estimate, families, prompt
 from rkvlmd.models.manifest import Manifest, digest
@@ -27,6 +24,9 @@ _KEPT = 2
 _MOST_BYTES = 1 << 20
 _MOST_MESSAGE = 200
 _PROBE = "rkvlmd probes this template"
+#: The variable by which the published templates turn thinking on and off.
+_SWITCH = "enable_thinking"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 T = TypeVar("T")
@@ -34,20 +34,16 @@ T = TypeVar("T")
 Span = tuple[int, int, int, int]
 
 
-class TemplateRefusalError(Exception):
-    """The template called ``raise_exception``: it does not like the conversation."""
-
-
 def render(
     folder: str,
     manifest: Manifest,
     turns: Sequence[dict[str, Any]],
     pictures: Sequence[Laid],
-) -> tuple[list[int], list[Span]]:
+    thinking: bool | None = None,
+) -> Rendered:
     """Return the prompt's token ids and where each view's rows go.
 
-    ``turns`` and ``pictures`` as in ``wire.child.Render``; spans are (start,
-    count, picture, view).
+    ``turns``, ``pictures`` and ``thinking`` as in ``wire.child.Render``.
 
     Raises:
       RkvlmdError: ``invalid_model`` for the model's own files,
@@ -56,17 +52,22 @@ def render(
     """
     layouts, places = _order(turns, pictures)
     words, template = _words(folder, manifest), _template(folder, manifest)
+    films = _films(turns, pictures)
+    film = manifest.video.content if films and manifest.video is not None else ""
     try:
-        rendered = template.render(turns, words.specials, len(pictures))
+        rendered = template.render(turns, words.specials, len(pictures), thinking)
         tokens = prompt.tokenise(
-            prompt.place_pictures(rendered, template.place, manifest.image, layouts),
+            prompt.place_pictures(rendered, template.place, manifest.image, layouts, films, film),
             words.encode,
             words.encode_plain,
             words.ids,
         )
-        return prompt.expand(tokens, words.content, places)
+        if film and film not in words.ids:
+            raise prompt.PromptError("video.content is no token of the tokenizer")
+        tokens, spans = prompt.expand(tokens, words.content, places, words.ids.get(film, -1))
     except prompt.PromptError as exc:
         raise RkvlmdError("invalid_model", f"The model's files do not agree: {exc}.") from exc
+    return Rendered("", tokens, spans, len(tokens), *template.thoughts(rendered, thinking))
 
 
 def _order(
@@ -86,13 +87,24 @@ def _order(
     return layouts, places
 
 
+def _films(turns: Sequence[dict[str, Any]], pictures: Sequence[Laid]) -> list[int]:
+    """Return which of the places, as they come, are those of videos."""
+    return [at for at, i in enumerate(prompt.picture_order(turns)) if pictures[i].video]
+
+
 class Rendered(NamedTuple):
-    """A prompt for RKLLM; ``most`` is the number of tokens, or an estimate that is not too small."""
+    """A prompt, with ``text`` for RKLLM; spans are (start, count, picture, view).
+
+    ``most`` is the number of tokens, or an estimate that is not too small.
+    ``thinks`` and ``switched`` as in ``wire.child.RenderDone``.
+    """
 
     text: str
     tokens: list[int]
     spans: list[Span]
     most: int
+    thinks: bool = False
+    switched: bool = True
 
 
 def render_text(
@@ -100,6 +112,7 @@ def render_text(
     manifest: Manifest,
     turns: Sequence[dict[str, Any]],
     pictures: Sequence[Laid],
+    thinking: bool | None = None,
 ) -> Rendered:
     """Return the prompt as text, ``<image>`` at each picture's place; arguments as for ``render``.
 
@@ -118,21 +131,23 @@ def render_text(
     strings |= {tags.start, tags.content, tags.end} if tags is not None else set()
     strings |= words.specials.strings if words is not None else set()
     template = _template(folder, manifest)
-    rendered = template.render(turns, prompt.Specials(strings), len(pictures))
+    rendered = template.render(turns, prompt.Specials(strings), len(pictures), thinking)
+    thoughts = template.thoughts(rendered, thinking)
     # The library takes a string of C: it would end at the first NUL.
     rendered = rendered.replace(prompt.BREAK, prompt.ZERO_WIDTH).replace("\0", "")
     try:
-        films = [at for at, i in enumerate(prompt.picture_order(turns)) if pictures[i].video]
-        text = prompt.mark_pictures(rendered, template.place, tags, layouts, films)
+        films = _films(turns, pictures)
+        shown = manifest.decoder.input == "text"
+        text = prompt.mark_pictures(rendered, template.place, tags, layouts, films, shown=shown)
         if words is None:
             count = sum(tokens for _, _, tokens in places) + 2 * len(places)
             spans = [(0, tokens, index, view) for index, view, tokens in places]
-            return Rendered(text, [], spans, estimate.most_tokens(text) + count)
-        shown = prompt.place_pictures(rendered, template.place, tags, layouts)
-        tokens, spans = prompt.expand(words.encode(shown), words.content, places)
+            return Rendered(text, [], spans, estimate.most_tokens(text) + count, *thoughts)
+        whole = prompt.place_pictures(rendered, template.place, tags, layouts)
+        tokens, spans = prompt.expand(words.encode(whole), words.content, places)
     except prompt.PromptError as exc:
         raise RkvlmdError("invalid_model", f"The model's files do not agree: {exc}.") from exc
-    return Rendered(text, tokens, spans, len(tokens))
+    return Rendered(text, tokens, spans, len(tokens), *thoughts)
 
 
 # --- the tokenizer -------------------------------------------------------------------
@@ -145,6 +160,7 @@ class Words:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         tags = [manifest.image.content] if manifest.image else []
+        tags += [manifest.video.content] if manifest.video else []
         strings = {token.content for token in added.values() if token.special}
         strings |= {*manifest.special_strings, *tags, manifest.marker}
         self.specials = prompt.Specials(strings)
@@ -201,26 +217,49 @@ class Template:
 
     def __init__(self, source: str, named: dict[str, str], manifest: Manifest) -> None:
         try:
-            self._compiled = _environment().from_string(source)
+            self._compiled = environment().from_string(source)
         except jinja2.TemplateError as exc:
             raise RkvlmdError("invalid_model", "The model's template cannot be read.") from exc
         self._named = named
+        self._tags = manifest.thinking
+        #: Whether it asks if the model shall think.
+        self.switches = _SWITCH in jinja2.meta.find_undeclared_variables(
+            environment().parse(source)
+        )
         self._lists = self._takes_lists(manifest)
         #: What stands at a picture's place in a rendered prompt.
         self.place = manifest.marker if self._lists else prompt.PICTURE
 
+    def thoughts(self, rendered: str, thinking: bool | None) -> tuple[bool, bool]:
+        """Return whether a prompt ends inside thoughts, and whether ``thinking`` was followed."""
+        tags = self._tags
+        opened = tags is not None and rendered.rstrip().endswith(tags.start)
+        able = self.switches or (tags is None and not thinking) or bool(tags and tags.system)
+        return opened, thinking is None or able
+
     def render(
-        self, turns: Sequence[dict[str, Any]], specials: prompt.Specials, pictures: int
+        self,
+        turns: Sequence[dict[str, Any]],
+        specials: prompt.Specials,
+        pictures: int,
+        thinking: bool | None = None,
     ) -> str:
         """Return the prompt, broken special strings still broken.
+
+        ``thinking`` is what the template knows as ``enable_thinking``, or not at all.
 
         Raises:
           RkvlmdError: see ``render.render``.
 
         """
         shape = prompt.as_parts if self._lists else prompt.as_strings
+        if self._tags is not None:
+            turns = prompt.without_thoughts(turns, self._tags.end)
+            if thinking and self._tags.system:
+                turns = prompt.told(turns, self._tags.system)
+        named = {} if thinking is None else {_SWITCH: thinking}
         try:
-            return self._run(shape(turns, specials))
+            return self._run(shape(turns, specials), named)
         except TemplateRefusalError as exc:
             said = "".join(c for c in str(exc) if c.isprintable())[:_MOST_MESSAGE]
             raise RkvlmdError(
@@ -235,9 +274,14 @@ class Template:
                 "invalid_model", "The model's template failed on this conversation."
             ) from exc
 
-    def _run(self, messages: list[dict[str, Any]]) -> str:
+    def _run(self, messages: list[dict[str, Any]], more: Mapping[str, Any] = _NOTHING) -> str:
         return self._compiled.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._named
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **self._named,
+            **more,
         )
 
     def _takes_lists(self, manifest: Manifest) -> bool:
@@ -325,48 +369,3 @@ def _kept(key: tuple[Any, ...], make: Callable[[], T]) -> T:
     while len(_made) > 2 * _KEPT:
         del _made[next(iter(_made))]
     return made
-
-
-# --- Jinja ---------------------------------------------------------------------------
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, which training scripts use to find answers; here plain content."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class says so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Return what stands between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.cache
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Return the environment in which the published templates are written to run."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", _Generation],
-        autoescape=False,  # a prompt is no HTML
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise(message: str) -> None:
-    raise TemplateRefusalError(message)

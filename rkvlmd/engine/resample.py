@@ -54,6 +54,18 @@ def to_inputs(
     ]
 
 
+def frames_to_patches(
+    frames: Sequence[Pixels], encoder: Encoder, patches: Patches, *, exact: bool
+) -> npt.NDArray[np.float32]:
+    """Return the flattened patches of ``patches.temporal`` frames of one size, as ``_flatten``.
+
+    The last frame stands for those that are missing.
+    """
+    if encoder.colour == "bgr":
+        frames = [pixels[:, :, ::-1] for pixels in frames]
+    return _flatten(frames, encoder, patches, exact=exact)
+
+
 def to_pixels(image: Image.Image, encoder: Encoder, *, exact: bool) -> Pixels:
     """Return the one input of a rule that cuts nothing, uint8 of shape (height, width, 3)."""
     return Sheets(image, exact=exact).pixels(geometry.single(*image.size, encoder), encoder.resize)
@@ -151,7 +163,7 @@ def to_tensor(pixels: Pixels, encoder: Encoder, *, exact: bool = True) -> npt.ND
     if encoder.colour == "bgr":
         pixels = pixels[:, :, ::-1]
     if encoder.patches is not None:
-        return _flatten(pixels, encoder, encoder.patches, exact=exact)
+        return _flatten([pixels], encoder, encoder.patches, exact=exact)
     channel = 1 if encoder.layout == "nchw" else 3
     # In bytes, a quarter of the floats to move.
     pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1) if channel == 1 else pixels)[None]
@@ -181,24 +193,26 @@ def _normalise(
 
 
 def _flatten(
-    pixels: Pixels, encoder: Encoder, patches: Patches, *, exact: bool
+    frames: Sequence[Pixels], encoder: Encoder, patches: Patches, *, exact: bool
 ) -> npt.NDArray[np.float32]:
     """Return flattened patches, (patches, 3 x temporal x size x size), merged ones together.
 
     The order is that of Qwen2-VL's image processor: block rows, block columns,
     rows and columns in a block; in a patch channels, times, rows, columns. One
-    block row at a time stays in the processor's cache.
+    block row at a time stays in the processor's cache. ``frames`` are those of
+    the times, the last one also of all that are missing.
     """
     size, merge, times = patches.size, patches.merge, patches.temporal
     band = size * merge
-    bands, columns = pixels.shape[0] // band, pixels.shape[1] // band
+    bands, columns = frames[0].shape[0] // band, frames[0].shape[1] // band
     flat = np.empty((bands, columns, merge, merge, 3, times, size, size), np.float32)
     for i, rows in enumerate(flat):
-        strip = pixels[i * band : (i + 1) * band, : columns * band].transpose(2, 0, 1)
-        planes = np.empty(strip.shape, np.float32)
-        _normalise(np.ascontiguousarray(strip), planes, encoder, 0, exact=exact)
-        cells = planes.reshape(3, merge, size, columns, merge, size).transpose(3, 1, 4, 0, 2, 5)
-        rows[:] = cells[:, :, :, :, None]
+        for time, pixels in enumerate(frames):
+            strip = pixels[i * band : (i + 1) * band, : columns * band].transpose(2, 0, 1)
+            planes = np.empty(strip.shape, np.float32)
+            _normalise(np.ascontiguousarray(strip), planes, encoder, 0, exact=exact)
+            cells = planes.reshape(3, merge, size, columns, merge, size).transpose(3, 1, 4, 0, 2, 5)
+            rows[:, :, :, :, time:] = cells[:, :, :, :, None]
     return flat.reshape(bands * columns * merge * merge, -1)
 
 

@@ -20,8 +20,17 @@ from rkvlmd.errors import RkvlmdError
 from rkvlmd.models.manifest import CrossAttention
 
 
-def rows_of(outputs: Sequence[Any], shape: CrossAttention, tokens: int) -> Rows:
+def width(shape: CrossAttention) -> int:
+    """Return how many floats a row has: a token's keys and values."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim
+
+
+def rows_of(
+    outputs: Sequence[Any], shape: CrossAttention, tokens: int, into: Rows | None = None
+) -> Rows:
     """Return the two outputs of an encoder as rows, (tokens, 2 x layers x heads x dim).
+
+    ``into`` is where they are put, else in a new array.
 
     Keys are (layers, tokens, kv_heads, head_dim), values (layers, kv_heads,
     head_dim, tokens), each with or without a leading dimension of one.
@@ -48,6 +57,7 @@ def rows_of(outputs: Sequence[Any], shape: CrossAttention, tokens: int) -> Rows:
             values.transpose(3, 0, 1, 2).reshape(tokens, -1),
         ],
         axis=1,
+        out=into,
     )
 
 

@@ -50,6 +50,8 @@ class RkllmDecoder:
     the library keeps its cache and reuses the longest common prefix.
     """
 
+    in_callback = True
+
     def __init__(self) -> None:
         self._abort = threading.Event()
         self._record = Record()

@@ -131,9 +131,10 @@ class Requests:
 
     def _block(self, rows: Sequence[Rows], tags: ImageTags) -> inputs.Block:
         encoder = self._encoder(len(rows[0]))
+        assembled = self._manifest.assembly is not None
         return inputs.stack(
             rows,
-            tokens=encoder.tokens,
+            tokens=len(rows[0]) if assembled else encoder.tokens,
             row=self._manifest.decoder.embedding * encoder.outputs,
             width=encoder.width,
             height=encoder.height,
@@ -142,8 +143,8 @@ class Requests:
 
     def _encoder(self, tokens: int) -> Encoder:
         """Return the encoder that gives so many rows: all pictures of a run have one size."""
-        encoders = self._manifest.encoders
-        return next((e for e in encoders if e.tokens == tokens), encoders[0])
+        encoders = [e for e in self._manifest.encoders if not e.tile]
+        return next((e for e in self._manifest.encoders if e.tokens == tokens), encoders[0])
 
     def _films(self, videos: Sequence[Sequence[Rows]]) -> tuple[inputs.Block | None, int]:
         """Return the frames of all videos as one block, and how many each of them has."""

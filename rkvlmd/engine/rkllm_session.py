@@ -14,6 +14,7 @@ from rkvlmd.engine import rkllm_types as types
 from rkvlmd.engine.rkllm_library import Library
 from rkvlmd.engine.rkllm_types import Mode, State
 
+_STATES = {int(state): state for state in State}
 #: Called for every result event, on the thread that runs; must read what it wants at once, for
 #: all pointers end with the call. The returned number goes to the library: 0 goes on.
 Sink = Callable[[State, Any], int]
@@ -212,7 +213,7 @@ class Session:
             sink = self._sink
             if sink is None or self._error is not None:
                 return 0
-            return sink(State(state), result.contents if result else None)
+            return sink(_STATES[state], result.contents if result else None)
         except BaseException as exc:  # noqa: BLE001 - kept, and raised when the run has returned
             self._error = exc
             with contextlib.suppress(BaseException):  # the first error is the one to tell

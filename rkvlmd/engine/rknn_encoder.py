@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
 from rkvlmd.wire import child
 
+#: Tokens that are copied and checked at a time.
+_TOKENS = 32
 #: The core mask that takes all cores, by their number; with one core the library chooses.
 ALL_CORES = {1: 0b000, 2: 0b011, 3: 0b111}
 
@@ -91,6 +94,27 @@ class RknnEncoder:
           RkvlmdError: ``engine_error`` when pixels or outputs are not what the model promises.
 
         """
+        made: list[Rows] = []
+
+        def rows() -> Rows:
+            made.append(np.empty(self.rows_shape, np.float32))
+            return made[0]
+
+        self.encode_into(pixels, grid, rows)
+        return made[0]
+
+    @property
+    def rows_shape(self) -> tuple[int, int]:
+        """The shape of every picture's rows."""
+        entry, beside = self._entry, self._beside
+        if beside is not None:
+            return entry.tokens, rkllm_cross.width(beside)
+        return entry.tokens, entry.outputs * entry.embedding
+
+    def encode_into(
+        self, pixels: npt.NDArray[Any], grid: Grid | None, rows: Callable[[], Rows]
+    ) -> object:
+        """Write the rows of one picture into ``rows()``, of ``rows_shape``; see ``encode``."""
         entry = self._entry
         if pixels.size != 3 * entry.width * entry.height or pixels.dtype != np.uint8:
             raise RkvlmdError(
@@ -100,22 +124,28 @@ class RknnEncoder:
             )
         found = self._run(pixels.reshape(1, entry.height, entry.width, 3))
         if self._beside is not None:
-            whole = rkllm_cross.rows_of(found, self._beside, entry.tokens)
-            _check_finite(whole)
-            return whole
+            whole = rows()
+            rkllm_cross.rows_of(found, self._beside, entry.tokens, whole)
+            for at in range(0, entry.tokens, _TOKENS):
+                _check_finite(whole[at : at + _TOKENS])
+            return found
         outputs = [_rows(values) for values in found]
         wanted = (entry.tokens, entry.embedding)
-        for rows in outputs:
-            if rows.shape != wanted:
+        for output in outputs:
+            if output.shape != wanted:
                 raise RkvlmdError(
                     "engine_error",
-                    f"The vision encoder gave {' x '.join(map(str, rows.shape))} values instead"
+                    f"The vision encoder gave {' x '.join(map(str, output.shape))} values instead"
                     f" of {entry.tokens} x {entry.embedding}.",
                 )
-            _check_finite(rows)
-        if len(outputs) == 1:
-            return np.ascontiguousarray(outputs[0])
-        return np.stack(outputs, axis=1).reshape(entry.tokens, -1)
+        place = rows().reshape(entry.tokens, len(outputs), entry.embedding)
+        # A few tokens at a time, which are checked while the processor has them at hand.
+        for at in range(0, entry.tokens, _TOKENS):
+            for i, output in enumerate(outputs):
+                part = place[at : at + _TOKENS, i]
+                part[...] = output[at : at + _TOKENS]
+                _check_finite(part)
+        return found, outputs
 
     def _first_run(self, pixels: npt.NDArray[np.uint8]) -> list[Any]:
         """Run without the library's own copy of the whole file, which it needs no more after init.

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from rkvlmd.engine import memfd, vectors
-from rkvlmd.engine.backend import DecoderBackend, EncoderBackend, Rows
+from rkvlmd.engine import heap, memfd, vectors
+from rkvlmd.engine.ahead import Ahead, Sweeper
+from rkvlmd.engine.assemble import Assembler
+from rkvlmd.engine.backend import DecoderBackend, EncoderBackend, InPlaceEncoder, Rows
 from rkvlmd.engine.loop import Order, Send
 from rkvlmd.engine.script import Script
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.models import assembly
 from rkvlmd.models.manifest import Embeddings
 from rkvlmd.wire import child
 
@@ -36,8 +40,11 @@ class EngineRole:
         self._backend: Any = None
         self._row = 0
         self._beside = False
+        self._assembler: Assembler | None = None
         self._embeddings: Embeddings | None = None
         self._generating = False
+        self._sweeper = Sweeper()
+        self._ahead = Ahead(self._sweeper)
 
     def warm(self) -> None:
         """Nothing: ``load`` says which libraries are needed."""
@@ -76,11 +83,14 @@ class EngineRole:
         if self._backend is not None:
             raise ValueError("second load")
         backend: EncoderBackend | DecoderBackend = self._new(order)
+        if self._name != "encoder":
+            self._assembler = Assembler.of(order)
         info = backend.load(order, progress)
         self._backend = backend
         self._row = _row(order.manifest)
         self._embeddings = vectors.described(order.manifest)
         self._beside = bool(order.manifest.get("decoder", {}).get("cross_attention"))
+        heap.give_back()
         send(child.Ready(info=info))
 
     def _new(self, order: child.Load) -> Any:
@@ -114,6 +124,9 @@ class EngineRole:
         if len(fds) != 1:
             raise memfd.MemoryFileError(f"encode with {len(fds)} descriptors")
         pixels = memfd.map_array(fds[0], order.pixels)
+        if isinstance(backend, InPlaceEncoder) and backend.rows_shape is not None:
+            self._encode_into(order, pixels, send, backend, backend.rows_shape)
+            return
         begin = time.monotonic()
         rows = backend.encode(pixels, order.grid)
         seconds = time.monotonic() - begin
@@ -123,21 +136,52 @@ class EngineRole:
         finally:
             os.close(fd)
 
+    def _encode_into(
+        self,
+        order: child.Encode,
+        pixels: Any,
+        send: Send,
+        backend: InPlaceEncoder,
+        shape: tuple[int, int],
+    ) -> None:
+        """Encode into a memory file that is made while the library works."""
+        with self._ahead.room(shape) as room:
+            begin = time.monotonic()
+            # What the library made is freed when its rows are on their way.
+            made = backend.encode_into(pixels, order.grid, room.rows)
+            seconds = time.monotonic() - begin
+            send(child.EncodeDone(id=order.id, rows=room.tensor, seconds=seconds), [room.sealed()])
+        self._sweeper.take(made)
+
     def _generate(
         self, order: child.Generate, fds: Sequence[int], send: Send, backend: DecoderBackend
     ) -> None:
         rows = self._all_rows(order, fds)
+        say = partial(send, in_callback=getattr(backend, "in_callback", False))
         self._generating = True
         try:
-            done = backend.generate(order, rows, send)
+            done = backend.generate(order, rows, say)
         finally:
             self._generating = False
         send(done)
+        if rows:
+            self._sweeper.take(rows)
 
     def _all_rows(self, order: child.Generate | child.Embed, fds: Sequence[int]) -> list[Rows]:
-        if len(fds) != len(order.spans):
+        wanted = sum(1 if s.tiles is None else assembly.views(s.tiles) for s in order.spans)
+        if len(fds) != wanted:
             raise memfd.MemoryFileError(f"{len(order.spans)} spans, {len(fds)} descriptors")
-        return [self._rows(fd, span) for fd, span in zip(fds, order.spans, strict=True)]
+        left = iter(fds)
+        return [
+            self._rows(next(left), span) if span.tiles is None else self._block(left, span)
+            for span in order.spans
+        ]
+
+    def _block(self, fds: Iterator[int], span: child.Span) -> Rows:
+        """Return the rows of a picture whose views are assembled."""
+        if self._assembler is None or span.tiles is None:
+            raise memfd.MemoryFileError("the model has no assembly")
+        return self._assembler(fds, span.tiles, span.count)
 
     def _rows(self, fd: int, span: child.Span) -> Rows:
         width = self._row

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rkvlmd.wire.thinking import Divider, Thinking
+
 
 class StopMatcher:
     """Cuts text before the earliest of some stop strings.
@@ -11,11 +13,13 @@ class StopMatcher:
     The pieces that ``feed`` and ``finish`` return, joined, are the text before
     the stop string that begins first (of those, any), however the text was
     cut. Only text that could still begin a stop string is held back. Empty
-    stop strings are ignored.
+    stop strings are ignored. Thoughts, which ``thinking`` describes, pass
+    whatever they hold: a client's stop strings are meant for the answer.
     """
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __init__(self, stops: Iterable[str], thinking: Thinking | None = None) -> None:
         self._stops = tuple(sorted({s for s in stops if s}))
+        self._thoughts = Divider(thinking) if thinking is not None and self._stops else None
         self._held = ""
         self.stopped = False
 
@@ -24,11 +28,15 @@ class StopMatcher:
 
         ``stopped`` is true when a stop string was found; nothing comes after that.
         """
-        return self._take(text, final=False)
+        if self._thoughts is None:
+            return self._take(text, final=False)
+        thought, text = self._thoughts.feed(text)
+        return thought + self._take(text, final=False)
 
     def finish(self) -> str:
         """Return what was held back, at the end of the text; ``stopped`` may become true."""
-        return self._take("", final=True)
+        thought, text = ("", "") if self._thoughts is None else self._thoughts.finish()
+        return thought + self._take(text, final=True)
 
     def _take(self, text: str, *, final: bool) -> str:
         if self.stopped:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rkvlmd.engine import memfd, pictures, video
 from rkvlmd.engine.loop import Send
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.models import films, views
 from rkvlmd.models import manifest as manifests
-from rkvlmd.models import views
 from rkvlmd.wire import child, frames
 
 
@@ -23,7 +23,10 @@ def work(order: child.Video, fds: Sequence[int], send: Send) -> None:
     """
     if len(fds) != 1:
         raise memfd.MemoryFileError(f"video with {len(fds)} descriptors")
-    found = _sampled(order, fds[0])
+    model = manifests.from_builtins(order.manifest)
+    film = films.of(model, order.detail)
+    found = _sampled(order, fds[0], model, film)
+    size = (0, 0) if film is None else _size(found.frames[0], order)
     made: list[int] = []
     try:
         made.extend(memfd.create(data, "rkvlmd-frame") for data in found.frames)
@@ -34,6 +37,8 @@ def work(order: child.Video, fds: Sequence[int], send: Send) -> None:
                 frames=len(made),
                 times=found.times,
                 duration=found.duration,
+                width=size[0],
+                height=size[1],
             ),
             made,
         )
@@ -42,8 +47,18 @@ def work(order: child.Video, fds: Sequence[int], send: Send) -> None:
             os.close(fd)
 
 
-def _sampled(order: child.Video, fd: int) -> video.Sampled:
-    model = manifests.from_builtins(order.manifest)
+def _size(frame: bytes, order: child.Video) -> tuple[int, int]:
+    limits = pictures.Limits(len(frame), order.max_pixels, 1, order.max_pixels)
+    try:
+        return pictures.upright_size(frame, limits)
+    except RkvlmdError as exc:
+        said = exc.message.replace("The picture", "The first frame of the video", 1)
+        raise RkvlmdError(exc.code, said) from None
+
+
+def _sampled(
+    order: child.Video, fd: int, model: manifests.Manifest, film: films.Film | None
+) -> video.Sampled:
     limits = video.Limits(
         max_bytes=order.max_bytes,
         max_pixels=order.max_pixels,
@@ -53,6 +68,9 @@ def _sampled(order: child.Video, fd: int) -> video.Sampled:
     )
 
     def budget(width: int, height: int) -> int:
+        if film is not None:
+            most = min(order.max_frames, frames.MAX_FDS)
+            return films.count(film, most, width, height, order.max_tokens)
         tokens = views.plan(model, width, height, order.detail).tokens
         most = min(order.max_frames, frames.MAX_FDS, order.max_tokens // max(1, tokens))
         return max(1, most)

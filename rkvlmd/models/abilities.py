@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+from rkvlmd.models import films
 from rkvlmd.models.manifest import Manifest
 
 #: The first RKLLM version with video input (its changelog).
@@ -44,6 +45,8 @@ def several_pictures(manifest: Manifest, info: Mapping[str, Any]) -> str:
 def native_video(manifest: Manifest, info: Mapping[str, Any]) -> bool:
     """Whether frames go to the model as a video; else they go as pictures."""
     decoder = manifest.decoder
+    if decoder.engine == "onnx":
+        return films.of(manifest) is not None
     if manifest.video is None or decoder.engine != "rkllm":
         return False
     if decoder.input != "text" or decoder.cross_attention is not None:

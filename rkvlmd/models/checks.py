@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from rkvlmd.models import assembly, families
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from rkvlmd.models.manifest import Encoder, File, Manifest
+    from rkvlmd.models.manifest import Encoder, File, Manifest, Tags
 
 #: The last IOMMU domain that the NPU's driver has (0.9.8), and the longest context of RKLLM.
 MAX_DOMAIN, MAX_RKLLM_CONTEXT = 15, 16384
@@ -60,14 +62,22 @@ def problems(m: Manifest, named: Mapping[str, File]) -> list[str]:
         problems.append("encoders: one at least must take whole pictures (tile = false)")
     cuts = any(encoder.resize.rule == "base_tiles" for encoder in m.encoders)
     if cuts and not any(encoder.tile for encoder in m.encoders):
-        problems.append("encoders: base_tiles needs an encoder with tile = true")
+        problems.append(
+            "encoders: base_tiles needs an encoder with tile = true, which sees the tiles"
+        )
     if m.decoder.deepstack and any(
         encoder.outputs != 1 + len(m.decoder.deepstack) for encoder in m.encoders
     ):
         problems.append("decoder.deepstack: one layer for each output after the first")
     if "image" in m.capabilities and not m.encoders:
         problems.append("capabilities: image without an encoder")
-    return problems + _check_embeddings(m)
+    if ("thinking" in m.capabilities) != (m.thinking is not None):
+        problems.append("thinking: needs the capability of that name, which needs this section")
+    if m.thinking is not None and (
+        m.thinking.start in m.thinking.end or m.thinking.end in m.thinking.start
+    ):
+        problems.append("thinking.start, .end: must not be parts of each other")
+    return problems + assembly.problems(m) + _check_embeddings(m)
 
 
 def _check_embeddings(m: Manifest) -> list[str]:
@@ -104,6 +114,8 @@ def _check_resize(encoder: Encoder) -> list[str]:
                 "resize.multiple, .min_pixels, .max_pixels: aspect needs all three, in order,"
                 " and room for one multiple squared"
             )
+    elif resize.cut_at != "auto" and resize.rule not in CUTTING:
+        problems.append(f"resize.cut_at: means nothing to {resize.rule}, which cuts nothing")
     elif resize.multiple and resize.rule != "slices":
         problems.append(f"resize.multiple: means nothing to {resize.rule}")
     if resize.multiple and encoder.engine == "rknn":
@@ -138,17 +150,42 @@ def _check_patches(encoder: Encoder) -> list[str]:
 
 def _check_library_views(m: Manifest) -> list[str]:
     """Check that the library can take what is cut: it puts the tags around each view itself."""
-    problems = []
+    problems: list[str] = []
     cutting = [e for e in m.encoders if e.resize.rule in CUTTING]
+    if m.assembly is not None or m.decoder.input == "embeddings":
+        # One place for all views, or rows in place of a text: the library cuts and puts nothing.
+        return problems
     if cutting and m.image is not None and (m.image.start or m.image.end):
         problems.append(
             f"image.start, .end: must be empty for {cutting[0].resize.rule} with rkllm: the family"
             " writes them"
         )
+    if cutting and m.image is not None:
+        problems += _check_words(m.family, m.image, cutting[0].resize.rule)
     tiles = [e.tokens for e in m.encoders if e.tile]
     if any(e.resize.rule == "base_tiles" and e.tokens not in tiles for e in cutting):
         problems.append("encoders: rkllm needs as many tokens of a tile as of the whole picture")
     return problems
+
+
+def _check_words(family: str, tags: Tags, rule: str) -> list[str]:
+    """Check that a family's own words between views are none that the library expands."""
+    # These know the manifest, and so must come after it.
+    from rkvlmd.models import geometry, prompt
+
+    if family not in families.known():
+        return []
+    place = geometry.Place(0, 0, 1, 1)
+    cuts = geometry.Cuts((geometry.Cut(((1, 1),), place),) * 3, 1, 2, 0)
+    words = "".join(i for i in families.get(family).layout(tags, cuts) if isinstance(i, str))
+    return [
+        f"decoder.input: must be embeddings for {rule} with this family: it writes {place} before"
+        " a part of a picture, which librkllmrt takes for a picture itself. That needs"
+        " decoder.files.embed (embed.npy: the checkpoint's table of token embeddings) and a"
+        " tokenizer"
+        for place in prompt.RKLLM_PLACES
+        if place in words
+    ]
 
 
 def _check_rkllm(m: Manifest) -> list[str]:

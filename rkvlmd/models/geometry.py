@@ -73,13 +73,13 @@ def single(width: int, height: int, encoder: Encoder) -> Cut:
     if resize.rule == "aspect":
         size = snapped(width, height, resize.multiple, resize.min_pixels, resize.max_pixels)
     elif resize.rule == "slices" and resize.multiple:
-        size = _fitted(width, height, encoder, upscale=True)
+        return _stretch(_fitted(width, height, encoder, upscale=True))
     elif resize.rule == "split":
         first = _longest(width, height, resize.longest)
         return Cut((first, size), Place(0, 0, *size))
     elif resize.rule == "crop":
         return _crop(width, height, encoder)
-    elif resize.rule in {"pad", "base_tiles"}:
+    elif resize.rule in {"pad", "base_tiles", "slices"}:
         return _pad(width, height, encoder)
     return _stretch(size)
 
@@ -247,19 +247,24 @@ def _up_to_multiples(width: int, height: int, side: int) -> Size:
 
 
 def _slices(width: int, height: int, encoder: Encoder) -> Cuts:
-    """MiniCPM-V: the whole picture, then slices that each have about one input's pixels."""
+    """MiniCPM-V: the whole picture, then slices that each have about one input's pixels.
+
+    An encoder of one size cannot take sizes that follow the picture, as the
+    model's own code makes them: there the whole picture is padded, and each
+    slice, which is nearly square, resized to the input.
+    """
     columns, rows = _slice_grid(width, height, encoder)
     if columns * rows <= 1:
         return Cuts((single(width, height, encoder),))
     side = (encoder.width, encoder.height)
-    source, cell = side, side
+    whole, cell = _pad(width, height, encoder), side
     if encoder.resize.multiple:
-        source = _fitted(width, height, encoder, upscale=False)
+        whole = _stretch(_fitted(width, height, encoder, upscale=False))
         unit = encoder.resize.multiple
         wide, high = _near(width, columns), _near(height, rows)
         cell = _fit(wide / columns, high / rows, encoder.width, unit)
     cuts = _grid((cell[0] * columns, cell[1] * rows), cell, columns, rows)
-    return Cuts((_stretch(source), *cuts), rows, columns, 0)
+    return Cuts((whole, *cuts), rows, columns, 0)
 
 
 def _slice_grid(width: int, height: int, encoder: Encoder) -> Size:

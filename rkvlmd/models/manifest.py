@@ -7,7 +7,6 @@ holds the two together.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,10 @@ import msgspec
 
 from rkvlmd.errors import ManifestError
 from rkvlmd.models import checks
+from rkvlmd.models.answers import Defaults as Defaults
+from rkvlmd.models.answers import Thinking as Thinking
+from rkvlmd.models.tags import Tags as Tags
+from rkvlmd.models.tags import Video as Video
 
 FILE = "rkvlm.json"
 SCHEMA = 1
@@ -51,7 +54,8 @@ class Resize(_Strict, frozen=True, kw_only=True):
     (MiniCPM-V); ``base_tiles`` cuts ``min_tiles`` to ``max_tiles`` tiles for
     the encoder with ``tile``, and pads the whole picture for this one
     (DeepSeek-OCR). ``aspect`` and ``slices`` with ``multiple``: sizes differ
-    from picture to picture.
+    from picture to picture. ``cut_at`` ``high``: only a request with ``detail``
+    ``high`` has its pictures cut, as each part costs an encode.
     """
 
     rule: Literal[
@@ -68,6 +72,7 @@ class Resize(_Strict, frozen=True, kw_only=True):
     min_tiles: Positive = 1
     max_tiles: Positive = 1
     thumbnail: bool = False
+    cut_at: Literal["auto", "high"] = "auto"
 
 
 class Patches(_Strict, frozen=True, kw_only=True):
@@ -204,12 +209,16 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     lease: Lease = "cpu"
 
 
-class Tags(_Strict, frozen=True, kw_only=True):
-    """What stands around a picture in the prompt; ``content`` is repeated per image token."""
+class Assembly(_Strict, frozen=True, kw_only=True):
+    """All views of a picture are one block of rows (``models.assembly``; DeepSeek-OCR).
 
-    start: str = ""
-    content: str
-    end: str = ""
+    ``square`` x ``square`` pixels of a view are one row. ``rows`` is an
+    ``.npy`` file, (2, embedding) in float16 or float32: the end of a line and
+    the end of a picture, where the encoder of whole pictures gives none itself.
+    """
+
+    square: Positive
+    rows: File | None = None
 
 
 class Embeddings(_Strict, frozen=True, kw_only=True):
@@ -221,7 +230,9 @@ class Embeddings(_Strict, frozen=True, kw_only=True):
     brings the vector to length one. ``shorter``: its beginning is useful alone,
     so that a request may ask for fewer ``dimensions``. ``output`` names the
     output of an ONNX decoder that holds the hidden states; ``template`` is
-    applied in place of the chat template.
+    applied in place of the chat template. ``trained``: the model was trained to
+    make vectors that are compared, as CLIP was; hidden states of a model that
+    was trained to write are of some use, but nobody made them for search.
     """
 
     inputs: tuple[Literal["text", "image"], ...] = ("text",)
@@ -229,26 +240,9 @@ class Embeddings(_Strict, frozen=True, kw_only=True):
     pictures: Literal["hidden", "rows"] = "hidden"
     normalise: bool = True
     shorter: bool = False
+    trained: bool = False
     output: str = "hidden_states"
     template: File | None = None
-
-
-class Defaults(_Strict, frozen=True, kw_only=True):
-    """Used where a request says nothing.
-
-    ``keep_alive_seconds``: how long the model stays loaded after its last use,
-    -1 for ever; without it ``models.keep_alive_seconds`` of the settings.
-    """
-
-    max_tokens: Positive | None = None
-    keep_alive_seconds: Annotated[float, msgspec.Meta(ge=-1)] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.0
-    top_k: Natural = 0
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=2)] = 1.0
-    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
-    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
 
 
 class Manifest(_Strict, frozen=True, kw_only=True):
@@ -256,8 +250,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
 
     ``video`` are the tags of a model that takes frames as a video of its own;
     ``video_frames`` is the most frames that are sampled from one.
-    ``special_strings`` are the strings that the tokenizer would take for
-    special tokens, and that users must not be able to write. ``unverified``
+    ``thinking``: it may think aloud. ``special_strings`` are the strings that
+    the tokenizer would take for special tokens, and that users must not be able to write. ``unverified``
     names the keys whose value nobody has confirmed.
     """
 
@@ -270,12 +264,14 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     tokenizer: File | None = None
     template: File | None = None
     image: Tags | None = None
-    video: Tags | None = None
+    video: Video | None = None
     video_frames: Positive = 8
     embeddings: Embeddings | None = None
+    assembly: Assembly | None = None
     marker: str = "<image>"
     special_strings: tuple[str, ...] = ()
     stop_ids: tuple[Natural, ...] = ()
+    thinking: Thinking | None = None
     defaults: Defaults = msgspec.field(default_factory=Defaults)
     capabilities: tuple[
         Literal["image", "multi_image", "video", "tools", "thinking", "embeddings"], ...
@@ -317,6 +313,8 @@ def files(manifest: Manifest) -> dict[str, File]:
         f"decoder.adapters[{i}]": File(file=a.file, sha256=a.sha256)
         for i, a in enumerate(manifest.decoder.adapters)
     }
+    if manifest.assembly is not None and manifest.assembly.rows is not None:
+        found["assembly.rows"] = manifest.assembly.rows
     if manifest.tokenizer is not None:
         found["tokenizer"] = manifest.tokenizer
     if manifest.template is not None:
@@ -339,12 +337,18 @@ def from_builtins(tree: dict[str, Any]) -> Manifest:
 
 def digest(manifest: Manifest) -> str:
     """Return a SHA-256 (hex) that changes with anything the manifest says, hashes included."""
-    return hashlib.sha256(msgspec.json.encode(manifest, order="deterministic")).hexdigest()
+    return _sha256(manifest)
 
 
 def preparation_key(encoder: Encoder) -> str:
     """Return a SHA-256 (hex) over all that makes the rows of a picture: pixels and encoder file."""
-    return hashlib.sha256(msgspec.json.encode(encoder, order="deterministic")).hexdigest()
+    return _sha256(encoder)
+
+
+def _sha256(described: Manifest | Encoder) -> str:
+    import hashlib  # brings OpenSSL, which an encoder child has no use for
+
+    return hashlib.sha256(msgspec.json.encode(described, order="deterministic")).hexdigest()
 
 
 def file_problems(manifest: Manifest, folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ class Tower:
     ``tokens`` rows of each of ``outputs`` outputs. ``odd``: what it takes
     besides one picture of three channels, empty if nothing. ``platforms`` are
     the SoCs that it was made for, ``toolkit`` the version that made it.
+    ``patches``: it takes flattened patches and their grid in place of a picture.
     """
 
     file: str
@@ -30,15 +31,18 @@ class Tower:
     odd: str = ""
     platforms: tuple[str, ...] = ()
     toolkit: str | None = None
+    patches: bool = False
 
     def says(self) -> str:
         """Return what it says in words, for people."""
         if self.outputs is None and self.width is None and self.tokens is None:
             return "does not say what it takes and gives"
-        size = f"{self.width}x{self.height} pixels" if self.width else "pixels of unknown size"
+        any_size = "pixels of any size" if self.engine == "onnx" else "pixels of unknown size"
+        size = f"{self.width}x{self.height} pixels" if self.width else any_size
         rows = f"{_or(self.tokens)} rows of {_or(self.embedding)} floats"
         size = self.odd or size
-        return f"takes {size}, gives {_or(self.outputs)} output(s) of {rows}"
+        made = f", for {' and '.join(self.platforms)}" if self.platforms else ""
+        return f"takes {size}, gives {_or(self.outputs)} output(s) of {rows}{made}"
 
 
 def _or(value: int | None) -> str:
@@ -156,18 +160,21 @@ def choose(
     names do. ``family`` and ``model`` are the owner's word: with ``model``
     that one is taken even if the files say otherwise (``wrong`` then tells).
     """
-    judged = [judge(t, folder) for t in templates]
+    judged = [judge(t, folder) for t in templates if not t.variant_of or t.model == model]
     if model is not None:
         picked = next((c for c in judged if c.template.model == model), None)
         return Verdict(picked, (), "as asked for") if picked else Verdict(None, tuple(judged))
     if family is not None:
         judged = [c for c in judged if c.template.family == family]
     # A model that takes pictures is not meant where there is no encoder, unless a name says so.
-    wants = bool(folder.towers)
+    wants, kind = bool(folder.towers), folder.config.get("model_type")
     judged = [
-        c for c in judged if bool(c.template.match.tokens) == wants or (c.hinted and not wants)
+        c
+        for c in judged
+        if bool(c.template.match.tokens) == wants
+        or (not wants and (c.hinted or kind in c.template.match.model_types))
     ]
-    fit = [c for c in judged if not c.wrong]
+    fit = _closest([c for c in judged if not c.wrong], folder)
     hinted = [c for c in fit if c.hinted]
     if any(c.seen for c in fit):
         if len(fit) == 1:
@@ -176,6 +183,8 @@ def choose(
             others = tuple(c for c in fit if c is not hinted[0])
             return Verdict(hinted[0], others, "its encoder fits, and names decide between several")
         return Verdict(None, tuple(hinted or fit))
+    if len(fit) == 1 and folder.hidden and kind in fit[0].template.match.model_types:
+        return Verdict(fit[0], (), f"config.json: {kind}, hidden_size {folder.hidden}")
     if len(hinted) == 1:
         return Verdict(hinted[0], (), "by the names of files alone")
     if family is not None and len(fit) == 1:
@@ -184,6 +193,21 @@ def choose(
     if family is not None and sizes and not fit:
         return Verdict(sizes[0], (), "another size of its family; files say the sizes")
     return Verdict(None, tuple(hinted or _nearest(judged)))
+
+
+def _closest(fit: list[Candidate], folder: Folder) -> list[Candidate]:
+    """Return those of several that fit which an ONNX encoder or ``config.json`` points at.
+
+    More outputs than a model needs are allowed in an ONNX file, as many are better.
+    """
+    kind = folder.config.get("model_type")
+    counts = [tower.outputs for tower in folder.towers]
+    for closer in (
+        [c for c in fit if kind in c.template.match.model_types],
+        [c for c in fit if counts and all(c.template.match.outputs == n for n in counts)],
+    ):
+        fit = [c for c in fit if c in closer] or fit
+    return fit
 
 
 def _nearest(judged: list[Candidate]) -> list[Candidate]:
@@ -203,7 +227,7 @@ def by_config(
     the first of the kind serves as a pattern.
     """
     kind = folder.config.get("model_type")
-    alike = [t for t in templates if kind in t.match.model_types]
+    alike = [t for t in templates if kind in t.match.model_types and not t.variant_of]
     exact = [t for t in alike if t.match.embedding == folder.hidden]
     judged = [judge(t, folder) for t in exact]
     hinted = [c for c in judged if c.hinted]

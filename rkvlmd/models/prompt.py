@@ -97,12 +97,8 @@ def as_parts(turns: Sequence[dict[str, Any]], specials: Specials) -> list[dict[s
                 parts.append({"type": "text", "text": specials.neutralise(part)})
             else:
                 parts.append({"type": "image"})
-        messages.append(
-            {
-                "role": turn["role"],
-                "content": parts or [{"type": "text", "text": ""}],
-            }
-        )
+        content = parts or [{"type": "text", "text": ""}]
+        messages.append({"role": turn["role"], "content": content, **_thought(turn, specials)})
     return messages
 
 
@@ -115,9 +111,49 @@ def as_strings(turns: Sequence[dict[str, Any]], specials: Specials) -> list[dict
                 specials.neutralise(part) if isinstance(part, str) else PICTURE
                 for part in _joined(turn)
             ),
+            **_thought(turn, specials),
         }
         for turn in turns
     ]
+
+
+def _thought(turn: dict[str, Any], specials: Specials) -> dict[str, str]:
+    """Return what templates know as ``reasoning_content``; most of them leave it out."""
+    thought = clean(turn.get("thought", ""))
+    return {"reasoning_content": specials.neutralise(thought)} if thought else {}
+
+
+def without_thoughts(turns: Sequence[dict[str, Any]], end: str) -> list[dict[str, Any]]:
+    """Return the turns, those of the assistant without what stands before the last ``end``.
+
+    So do the published templates of models that think; here clients' texts are
+    neutralised before a template could find the tag.
+    """
+    return [
+        {**turn, "parts": _after(_joined(turn), end)} if turn["role"] == "assistant" else turn
+        for turn in turns
+    ]
+
+
+def _after(parts: Sequence[str | int], end: str) -> list[dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, int):
+            kept.append({"picture": part})
+            continue
+        _, found, text = part.rpartition(end)
+        if found:
+            kept, text = [other for other in kept if "picture" in other], text.lstrip("\n")
+        kept.append({"text": text})
+    return kept
+
+
+def told(turns: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Return the turns with ``text`` at the beginning of the system message."""
+    if turns and turns[0]["role"] == "system":
+        first = {**turns[0], "parts": [{"text": f"{text}\n\n"}, *turns[0]["parts"]]}
+        return [first, *turns[1:]]
+    return [{"role": "system", "parts": [{"text": text}]}, *turns]
 
 
 def picture_order(turns: Sequence[dict[str, Any]]) -> list[int]:
@@ -138,12 +174,18 @@ def _joined(turn: dict[str, Any]) -> list[str | int]:
 
 
 def place_pictures(
-    rendered: str, place: str, tags: Tags | None, layouts: Sequence[Sequence[str | int]]
+    rendered: str,
+    place: str,
+    tags: Tags | None,
+    layouts: Sequence[Sequence[str | int]],
+    videos: Collection[int] = (),
+    film: str = "",
 ) -> str:
     """Put what stands for each picture at its place, the content of the tags for each view.
 
     ``place`` is the string that stands there now: the manifest's marker, or
-    ``PICTURE``. ``layouts`` are in the order of the places.
+    ``PICTURE``. ``layouts`` are in the order of the places; ``videos`` numbers
+    those with ``film`` for each view in place of the content.
 
     Raises:
       PromptError: there are more or fewer places than pictures.
@@ -156,7 +198,8 @@ def place_pictures(
         return rendered
     built = [pieces[0]]
     for number, (layout, text) in enumerate(zip(layouts, pieces[1:], strict=True)):
-        built += [tags.content if isinstance(i, int) else _numbered(i, number) for i in layout]
+        content = film if number in videos else tags.content
+        built += [content if isinstance(i, int) else _numbered(i, number) for i in layout]
         built.append(text)
     return "".join(built)
 
@@ -167,11 +210,15 @@ def mark_pictures(
     tags: Tags | None,
     layouts: Sequence[Sequence[str | int]],
     videos: Collection[int] = (),
+    *,
+    shown: bool = True,
 ) -> str:
     """Put ``<image>`` at each place, for librkllmrt; arguments as for ``place_pictures``.
 
     The library itself puts the start and end of the tags around each ``<image>``.
     ``videos`` numbers the places that get ``<video>``, once for all frames.
+    ``shown`` is false where the library never sees this text, but tokens' rows:
+    then a layout may hold any strings.
 
     Raises:
       PromptError: there are not as many places as pictures, the library
@@ -186,7 +233,8 @@ def mark_pictures(
             built += [RKLLM_PLACES[1], text]
             continue
         views += sum(isinstance(item, int) for item in layout)
-        built += [_numbered(_library_line(layout, tags), number), text]
+        line = _library_line(layout, tags) if shown else _unseen_line(layout)
+        built += [_numbered(line, number), text]
     marked = "".join(built)
     for mark, wanted in zip(RKLLM_PLACES, (views, len(videos), 0), strict=True):
         if marked.count(mark) != wanted:
@@ -204,6 +252,13 @@ def _library_line(layout: Sequence[str | int], tags: Tags | None) -> str:
     return line.replace(whole, RKLLM_PLACES[0])
 
 
+def _unseen_line(layout: Sequence[str | int]) -> str:
+    """Return a layout with ``<image>`` for each view, and nowhere else."""
+    return "".join(
+        RKLLM_PLACES[0] if isinstance(item, int) else for_rkllm(item, ()) for item in layout
+    )
+
+
 def _at_places(rendered: str, place: str, pictures: int) -> list[str]:
     pieces = rendered.split(place)
     if len(pieces) - 1 != pictures:
@@ -216,27 +271,28 @@ def _numbered(text: str, number: int) -> str:
 
 
 def expand(
-    ids: Sequence[int], content: int, places: Sequence[tuple[int, int, int]]
+    ids: Sequence[int], content: int, places: Sequence[tuple[int, int, int]], film: int = -1
 ) -> tuple[list[int], list[tuple[int, int, int, int]]]:
     """Repeat the content token at each place as often as the view there has image tokens.
 
     ``places`` are (picture, view, image tokens) in the order of the prompt.
+    ``film`` is the content token of videos, -1 for none: ids are not negative.
     Returns the token ids and the spans as (start, count, picture, view).
 
     Raises:
       PromptError: the content token is there more or less often than views.
 
     """
-    found = sum(1 for token in ids if token == content) if places else 0
+    found = sum(1 for token in ids if token in (content, film)) if places else 0
     if found != len(places):
         raise PromptError(f"{found} image tokens for {len(places)} places of pictures")
     expanded: list[int] = []
     spans: list[tuple[int, int, int, int]] = []
     for token in ids:
-        if places and token == content:
+        if places and token in (content, film):
             picture, view, count = places[len(spans)]
             spans.append((len(expanded), count, picture, view))
-            expanded += [content] * count
+            expanded += [token] * count
         else:
             expanded.append(token)
     return expanded, spans

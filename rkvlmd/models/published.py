@@ -11,10 +11,14 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 #: Most image tokens of one picture of a model that takes any size, unless its own limit is lower:
 #: what Qwen's model cards advise for small memory.
 MOST_TOKENS = 1280
+#: Most positions a second on a video's time axis; Qwen2.5-VL has 2.
+MOST_RATE = 1000
 #: Largest side of an encoder input that makes sense, pixels.
 _MAX_SIDE = 1 << 14
 #: Largest of any number: more than any limit on pixels that is published.
 _MAX_NUMBER = 1 << 40
+#: Pixels where no file says them (transformers, ``CLIPVisionConfig``).
+_CLIP_SIDE = 224
 
 Tree = Mapping[str, Any]
 
@@ -39,6 +43,23 @@ def decoder(config: Tree) -> dict[str, Any]:
     deep = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
     # Rows of the encoder's layers are added after as many first layers of the decoder.
     return {"deepstack": list(range(len(deep)))} if isinstance(deep, list) and deep else {}
+
+
+def video(config: Tree, film: Tree) -> dict[str, Any]:
+    """Return the numbers of a video that the files say; ``film`` is its processor's.
+
+    The file is ``video_preprocessor_config.json``.
+    """
+    made: dict[str, Any] = {}
+    least = _number(film, "min_pixels") or _number(film, "size", "shortest_edge")
+    most = _number(film, "max_pixels") or _number(film, "size", "longest_edge")
+    if least and most and least <= most:
+        made |= {"min_pixels": least, "max_pixels": most}
+    vision = config.get("vision_config")
+    rate: Any = vision.get("tokens_per_second") if isinstance(vision, Mapping) else None
+    if _is_real(rate) and 0 < rate <= MOST_RATE:
+        made["tokens_per_second"] = float(rate)
+    return made
 
 
 def _common(picture: Tree) -> dict[str, Any]:
@@ -161,6 +182,22 @@ def _crop(config: Tree, picture: Tree, context: int) -> dict[str, Any]:
     return made
 
 
+def _clip(config: Tree, picture: Tree, context: int) -> dict[str, Any]:
+    """CLIP: one vector a picture; sizes are numbers in older files."""
+    crop = picture.get("crop_size")
+    side = _side(
+        _number(picture, "crop_size", "height"), _number(picture, "crop_size"),
+        _first(config, "image_size"), _CLIP_SIDE,
+    )  # fmt: skip
+    made = _square(side, 1)
+    short = _number(picture, "size", "shortest_edge") or _number(picture, "size")
+    if picture.get("do_center_crop", crop is not None) is False:
+        made["resize"] = {"rule": "stretch"}
+    elif short and side and short >= side:
+        made["resize"] = {"short": short}
+    return made
+
+
 def _one_size(config: Tree, picture: Tree, context: int) -> dict[str, Any]:
     """Gemma 3, Janus (which pads with ``background_color``)."""
     side = _side(_number(picture, "size", "height"), _first(config, "image_size"))
@@ -178,5 +215,5 @@ def _one_size(config: Tree, picture: Tree, context: int) -> dict[str, Any]:
 _FAMILIES: dict[str, Callable[[Tree, Tree, int], dict[str, Any]]] = {
     "smolvlm": _split, "idefics3": _split,
     "qwen2_vl": _aspect, "qwen2_5_vl": _aspect, "qwen3_vl": _aspect, "qwen3_5": _aspect,
-    "internvl": _tiles, "llava": _crop, "gemma3": _one_size, "janus": _one_size,
+    "internvl": _tiles, "llava": _crop, "clip": _clip, "gemma3": _one_size, "janus": _one_size,
 }  # fmt: skip

@@ -61,13 +61,15 @@ class Match(_Strict, frozen=True, kw_only=True):
     they are multiples of ``multiple``. ``names`` are globs over the names of
     files and folder, lower case: hints between models that look alike.
     ``model_types`` are those of ``config.json``; ``embedding`` is there the
-    ``hidden_size`` of the text model.
+    ``hidden_size`` of the text model. ``tile`` is the size of the second
+    encoder, for the tiles of a picture (rule ``base_tiles``).
     """
 
     embedding: Positive
     outputs: Positive = 1
     sizes: tuple[tuple[Side, Side], ...] = ()
     multiple: Natural = 0
+    tile: tuple[Side, Side] | None = None
     tokens: Tokens | None = None
     names: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
@@ -84,7 +86,9 @@ class MeantFor(_Strict, frozen=True, kw_only=True):
 
 
 class Template(_Strict, frozen=True, kw_only=True):
-    """One model of the catalogue.
+    """One model of the catalogue, or (``variant_of``) another way to use the files of one.
+
+    A variant is taken only where the owner names it (``--model``).
 
     ``checkpoint`` is where its tokenizer and template are published.
     ``manifest`` has the keys of ``rkvlm.json`` that are known, less files and
@@ -100,6 +104,7 @@ class Template(_Strict, frozen=True, kw_only=True):
     model: Name
     title: str
     checkpoint: str = ""
+    variant_of: str = ""
     family: Name
     meant_for: tuple[MeantFor, ...]
     match: Match

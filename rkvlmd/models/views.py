@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from rkvlmd.models import families, geometry
+from rkvlmd.models import assembly, families, geometry
 from rkvlmd.models.manifest import Encoder, Manifest, Tags
 
 Detail = Literal["auto", "low", "high"]
@@ -28,27 +28,41 @@ class View(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """``layout`` is what stands at the picture's place: strings, and indices of ``views``."""
+    """``layout`` is what stands at the picture's place: strings, and indices of ``views``.
+
+    ``tiles``: all views are one place, number 0, whose ``block`` rows are
+    assembled of theirs (``models.assembly``), which are so many rows and columns of tiles first.
+    """
 
     views: tuple[View, ...]
     layout: tuple[str | int, ...]
+    tiles: tuple[int, int] | None = None
+    block: int = 0
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Image tokens of each place that ``layout`` numbers."""
+        if self.tiles is not None:
+            return (self.block,)
+        return tuple(view.tokens for view in self.views)
 
     @property
     def tokens(self) -> int:
         """Image tokens of the whole picture."""
-        return sum(view.tokens for view in self.views)
+        return sum(self.places)
 
 
 def plan(manifest: Manifest, width: int, height: int, detail: Detail = "auto") -> Plan:
     """Say what becomes of a picture of ``width`` x ``height`` pixels, upright.
 
-    ``low`` makes one input of the encoder with the fewest tokens. The manifest
-    must have an encoder and the tags of a picture.
+    ``low`` makes one input of the encoder with the fewest tokens. Where the
+    rule says ``cut_at`` ``high``, so does ``auto``. The manifest must have an
+    encoder and the tags of a picture.
     """
     index = choose(manifest, detail)
     encoder = manifest.encoders[index]
     tile = _tile(manifest)
-    if detail == "low":
+    if detail == "low" or (detail == "auto" and encoder.resize.cut_at == "high"):
         cuts = geometry.Cuts((geometry.single(width, height, encoder),))
     else:
         cuts = geometry.cut(width, height, encoder, None if tile is None else tile[1])
@@ -65,8 +79,12 @@ def plan(manifest: Manifest, width: int, height: int, detail: Detail = "auto") -
         views = [_with_grid(manifest.encoders[view.encoder], view) for view in views]
     # A text tower has no tags: nobody reads its pictures in a prompt.
     tags = manifest.image or Tags(content="")
-    layout = families.get(manifest.family).layout(tags, cuts)
-    return Plan(tuple(views), tuple(layout))
+    layout = families.get(manifest.family).layout
+    if manifest.assembly is not None:
+        tiles = (cuts.rows, cuts.columns)
+        line = layout(tags, geometry.Cuts(cuts.cuts[-1:]))
+        return Plan(tuple(views), tuple(line), tiles, assembly.count(manifest, tiles))
+    return Plan(tuple(views), tuple(layout(tags, cuts)))
 
 
 def choose(manifest: Manifest, detail: Detail) -> int:

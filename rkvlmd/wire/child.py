@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
+from rkvlmd.wire.child_prep import Frames as Frames
 from rkvlmd.wire.child_prep import Laid as Laid
 from rkvlmd.wire.child_prep import Picture as Picture
 from rkvlmd.wire.child_prep import PictureDone as PictureDone
@@ -28,6 +29,7 @@ from rkvlmd.wire.child_prep import VideoDone as VideoDone
 from rkvlmd.wire.child_prep import View as View
 from rkvlmd.wire.message import Message, Natural
 from rkvlmd.wire.message import Tensor as Tensor
+from rkvlmd.wire.thinking import Thinking
 
 PROTOCOL = 1
 
@@ -62,11 +64,14 @@ class Encode(Message, frozen=True, tag="encode", kw_only=True):
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a view's rows go: ``count`` tokens from ``start``; ``key`` identifies it.
+    """Where a view's rows go: ``count`` tokens from ``start``; ``key`` identifies them.
 
     ``grid`` is (time, rows, columns) in tokens, where the encoder has one.
     ``video`` numbers the videos of a prompt: the view is a frame of that one,
-    and the frames of one video follow each other (RKLLM, as a video of its own).
+    and the frames of one video follow each other (RKLLM, as a video of its own);
+    ``time`` is then its position on the video's time axis (``models.positions``).
+    ``tiles``: the rows of several views, one memfd each, become one block
+    (``models.assembly``): so many rows and columns of tiles, then the whole picture.
     """
 
     start: Natural
@@ -74,10 +79,12 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     grid: tuple[int, int, int] | None = None
     video: Natural | None = None
+    time: Natural = 0
+    tiles: tuple[Natural, Natural] | None = None
 
 
 class Generate(Message, frozen=True, tag="generate", kw_only=True):
-    """Decoder: one memfd of float32 rows per span, in order.
+    """Decoder: one memfd of float32 rows per span (more where it has ``tiles``), in order.
 
     ``tokens`` is the whole conversation with the image tokens expanded; the
     child reuses what its cache already holds. ``sampling`` has every field of
@@ -86,6 +93,7 @@ class Generate(Message, frozen=True, tag="generate", kw_only=True):
     For RKLLM, ``prompt`` is the conversation as text with ``<image>`` at each
     picture's place; without a tokenizer ``tokens`` is empty and ``count`` an
     estimate of how many there are. ``adapter`` names one of the manifest's.
+    Within thoughts, which ``thinking`` describes, nothing stops the answer.
     """
 
     id: int
@@ -104,6 +112,7 @@ class Generate(Message, frozen=True, tag="generate", kw_only=True):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
+    thinking: Thinking | None = None
 
 
 class Embed(Message, frozen=True, tag="embed", kw_only=True):
@@ -245,7 +254,7 @@ class Failed(Message, frozen=True, tag="failed", kw_only=True):
     message: str
 
 
-ToChild = Load | Picture | Video | Render | Encode | Generate | Embed | Abort
+ToChild = Load | Picture | Video | Frames | Render | Encode | Generate | Embed | Abort
 FromChild = (
     Hello | Beat | Progress | Ready | PictureDone | VideoDone | RenderDone | EncodeDone | Prefilled
     | Text | GenerateDone | EmbedDone | Failed

@@ -15,7 +15,8 @@ class Picture(Message, frozen=True, tag="picture", kw_only=True):
     ``encoding`` says what they are: ``base64`` text or the ``raw`` file.
     ``manifest`` and ``detail`` say which views it becomes (``models.views``).
     Limits as in ``[media]``. Answered by ``picture_done`` with one memfd per
-    view.
+    view; without any where the SHA-256 of the file is one of ``known``: then
+    it was not decoded.
     """
 
     id: int
@@ -27,6 +28,7 @@ class Picture(Message, frozen=True, tag="picture", kw_only=True):
     min_side: Natural
     max_aspect: Natural
     exact: bool = False
+    known: list[str] = msgspec.field(default_factory=list)
 
 
 class Laid(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,12 +67,32 @@ class Video(Message, frozen=True, tag="video", kw_only=True):
     seconds: float
 
 
+class Frames(Message, frozen=True, tag="frames", kw_only=True):
+    """Prep: frames of a video become one input of an encoder of patches.
+
+    One memfd a frame: a picture file; the last one stands for those that are
+    missing. ``manifest`` and ``detail`` say for which encoder (``models.films``),
+    ``size`` is the width and height to which all frames of the video are resized.
+    Answered by ``picture_done`` with one view; its ``sha256`` is over those of the files.
+    """
+
+    id: int
+    manifest: dict[str, Any]
+    detail: Literal["auto", "low", "high"] = "auto"
+    size: tuple[Natural, Natural]
+    max_bytes: Natural
+    max_pixels: Natural
+    exact: bool = False
+
+
 class Render(Message, frozen=True, tag="render", kw_only=True):
     """Prep: template, neutralise, tokenise, expand pictures.
 
     ``turns`` is a list of ``{"role": ..., "parts": [{"text": ...} or
-    {"picture": index}, ...]}``; ``pictures`` what stands for each picture, by
-    index. Answered by ``render_done``.
+    {"picture": index}, ...]}``, with ``"thought"`` where an answer had one;
+    ``pictures`` is what stands for each picture, by index. ``thinking`` is the
+    template's ``enable_thinking``, ``None`` to leave it undefined. Answered by
+    ``render_done``.
     """
 
     id: int
@@ -78,6 +100,7 @@ class Render(Message, frozen=True, tag="render", kw_only=True):
     manifest: dict[str, Any]
     turns: list[dict[str, Any]]
     pictures: list[Laid]
+    thinking: bool | None = None
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +119,10 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 class PictureDone(Message, frozen=True, tag="picture_done", kw_only=True):
     """``sha256`` is over the picture file's bytes; one memfd per view.
 
-    ``layout`` is what stands at the picture's place in the prompt.
+    ``layout`` is what stands at the picture's place in the prompt. ``tiles``:
+    all views are one place, number 0, these rows and columns of tiles first
+    (``models.assembly``). Of a file that the order names as known there is
+    nothing but the hash.
     """
 
     id: int
@@ -106,12 +132,15 @@ class PictureDone(Message, frozen=True, tag="picture_done", kw_only=True):
     format: str
     views: list[View]
     layout: list[str | int]
+    tiles: tuple[Natural, Natural] | None = None
 
 
 class VideoDone(Message, frozen=True, tag="video_done", kw_only=True):
     """One memfd per frame: a picture file, of ``times[i]`` seconds after the start.
 
     ``times`` is empty where nobody knows them; ``duration`` is 0 then.
+    ``width`` and ``height`` are those of the first frame, for models that take videos
+    (``models.films``).
     """
 
     id: int
@@ -119,6 +148,8 @@ class VideoDone(Message, frozen=True, tag="video_done", kw_only=True):
     frames: int
     times: list[float]
     duration: float
+    width: Natural = 0
+    height: Natural = 0
 
 
 class RenderDone(Message, frozen=True, tag="render_done", kw_only=True):
@@ -126,7 +157,8 @@ class RenderDone(Message, frozen=True, tag="render_done", kw_only=True):
 
     ``spans`` as (start, count, picture, view), in the order of the prompt.
     ``prompt`` and ``count`` for RKLLM, as in ``generate``; where ``tokens`` is
-    empty, the spans have no start.
+    empty, the spans have no start. ``thinks``: the prompt ends inside thoughts.
+    ``switched``: the order's ``thinking`` was nothing, or could be followed.
     """
 
     id: int
@@ -134,3 +166,5 @@ class RenderDone(Message, frozen=True, tag="render_done", kw_only=True):
     spans: list[tuple[int, int, int, int]]
     prompt: str = ""
     count: Natural = 0
+    thinks: bool = False
+    switched: bool = True

@@ -65,6 +65,7 @@ class Answer:
         self._tail = b"]" + (b',"usage":null' if include_usage else b"") + b"}\n\n"
         self._head = b"data: " + head
         self._text_head = self._head + b'{"content":'
+        self._thought_head = self._head + b'{"reasoning_content":'
         self._text_tail = b'},"finish_reason":null,"logprobs":null}' + self._tail
 
     def role(self) -> bytes:
@@ -79,6 +80,15 @@ class Answer:
         """Return a chunk with text."""
         return self._text_head + encode_text(text) + self._text_tail
 
+    def thought(self, thought: str) -> bytes:
+        """Return a chunk with thoughts, under both names that clients look for.
+
+        Servers have not agreed on one: llama.cpp, SGLang and LMDeploy say
+        ``reasoning_content``, vLLM and Ollama ``reasoning``.
+        """
+        said = encode_text(thought)
+        return self._thought_head + said + b',"reasoning":' + said + self._text_tail
+
     def finish(self, reason: str, usage: Usage, timings: Timings) -> bytes:
         """Return the end of a whole stream: finish chunk, usage chunk if asked for, ``[DONE]``."""
         seconds = {"timings": _timings(timings)}
@@ -89,9 +99,15 @@ class Answer:
         with_usage = {**self._base, "choices": [], "usage": _usage(usage)}
         return last + sse.event(_encode(with_usage)) + sse.DONE
 
-    def whole(self, text: str, reason: str, usage: Usage, timings: Timings) -> bytes:
-        """Return the answer to a request that does not stream."""
+    def whole(
+        self, text: str, reason: str, usage: Usage, timings: Timings, thought: str = ""
+    ) -> bytes:
+        """Return the answer to a request that does not stream; ``content`` is always a string."""
         message = {"role": "assistant", "content": msgspec.Raw(encode_text(text)), "refusal": None}
+        if thought:
+            message |= dict.fromkeys(
+                ("reasoning_content", "reasoning"), msgspec.Raw(encode_text(thought))
+            )
         choice = {"index": 0, "finish_reason": reason, "logprobs": None, "message": message}
         return _encode(
             {
@@ -115,7 +131,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
             "text_tokens": max(usage.prompt_tokens - usage.image_tokens, 0),
             "audio_tokens": 0,
         },
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
     if usage.estimated:
         counts["estimated"] = True
@@ -144,6 +160,9 @@ def error_body(error: RkvlmdError) -> bytes:
 def model_card(view: ModelView) -> dict[str, Any]:
     """Return one model in the shape that readers of OpenAI, vLLM and llama.cpp look for."""
     modalities = ["text"] + ["image"] * view.image + ["video"] * view.video
+    # the words of Ollama
+    can = ["completion"] * ("text" in view.makes) + ["embedding"] * ("embeddings" in view.makes)
+    can += ["vision"] * view.image + ["thinking"] * view.thinking
     return {
         "id": view.name,
         "object": "model",
@@ -155,6 +174,7 @@ def model_card(view: ModelView) -> dict[str, Any]:
         "aliases": ["default"] if view.default else [],
         "meta": {"n_ctx": view.context},
         "architecture": {"input_modalities": modalities, "output_modalities": list(view.makes)},
+        "capabilities": can,
     }
 
 

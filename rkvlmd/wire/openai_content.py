@@ -127,6 +127,7 @@ class Content:
         for name in ("tool_calls", "function_call"):
             if message.get(name):
                 raise unsupported(f"{path}.{name}", "tool calls are not supported.")
+        thought = _thought(message, path) if role == "assistant" else ""
         content = message.get("content")
         images = message.get("images")
         if images is None:
@@ -140,7 +141,7 @@ class Content:
         sources = [self._listed(v, f"{path}.images[{i}]") for i, v in enumerate(images)]
         if isinstance(content, str):
             self._count_part(1 + len(sources))
-            return Turn(role, self._place(content, sources))
+            return Turn(role, self._place(content, sources), thought)
         if not isinstance(content, list):
             raise invalid(f"{path}.content", "must be a string or a list of parts.")
         if not content and role == "user" and not images:
@@ -148,7 +149,7 @@ class Content:
         self._count_part(1 + len(sources) + len(content))
         first = [self._add(source) for source in sources]
         rest = [self._part(p, f"{path}.content[{i}]") for i, p in enumerate(content)]
-        return Turn(role, (*first, *rest))
+        return Turn(role, (*first, *rest), thought)
 
     def _role(self, role: Any, path: str) -> Role:
         if role is None:
@@ -277,6 +278,17 @@ class Content:
                 path.partition("[")[0],
                 f"must not hold more than {self._max_parts} messages and parts (http.max_parts).",
             )
+
+
+def _thought(message: dict[str, Any], path: str) -> str:
+    """Return the thoughts of an earlier answer, under either name."""
+    for name in ("reasoning_content", "reasoning"):
+        value = message.get(name)
+        if value is not None:
+            if not isinstance(value, str):
+                raise invalid(f"{path}.{name}", "must be a string.")
+            return value
+    return ""
 
 
 def _url(part: dict[str, Any], name: str, path: str) -> tuple[str, Detail | None]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rkvlmd.wire import openai_thinking
 from rkvlmd.wire.openai_fields import Fields, invalid, unsupported
 
 #: Parameters that ``parse_chat`` reads.
-READ: frozenset[str] = frozenset(
+READ: frozenset[str] = openai_thinking.NAMES | frozenset(
     [
         "messages",
         "model",
@@ -50,7 +51,6 @@ SILENT: frozenset[str] = frozenset(
         "request_id",
         "skip_special_tokens",
         "spaces_between_special_tokens",
-        "include_reasoning",
         "extra_headers",
         "extra_query",
         "add_generation_prompt",
@@ -60,12 +60,7 @@ SILENT: frozenset[str] = frozenset(
 #: Known, asked for in good faith, without effect: named in ``x-rkvlmd-ignored``.
 IGNORED: frozenset[str] = frozenset(
     [
-        "reasoning_effort",
-        "reasoning",
         "verbosity",
-        "thinking",
-        "enable_thinking",
-        "chat_template_kwargs",
         "options",
     ]
 )

@@ -10,6 +10,7 @@ from rkvlmd.wire.keep_alive import keep_alive
 from rkvlmd.wire.openai_content import Content
 from rkvlmd.wire.openai_fields import INT64, Fields, invalid, of_body
 from rkvlmd.wire.openai_params import sort_out
+from rkvlmd.wire.openai_thinking import wish
 from rkvlmd.wire.urgency import LONGEST_TIMEOUT, priority
 
 #: OpenAI documents 4; clients of other servers send more.
@@ -33,6 +34,7 @@ def parse_chat(body: bytes, settings: Settings) -> ChatRequest:
     content = Content(settings)
     turns = content.messages(fields.get("messages"))
     options = _stream_options(fields)
+    thinking = wish(fields)
     return ChatRequest(
         turns=turns,
         pictures=content.pictures,
@@ -46,8 +48,11 @@ def parse_chat(body: bytes, settings: Settings) -> ChatRequest:
         timeout=fields.number("timeout", least=0.0, most=LONGEST_TIMEOUT, above=True),
         priority=priority(fields.get("priority")),
         keep_alive=keep_alive(fields.get("keep_alive")),
-        ignored=ignored,
+        ignored=tuple(sorted({*ignored, *thinking.ignored})),
         unknown=unknown,
+        thinking=thinking.on,
+        thinking_asked=thinking.asked,
+        thoughts=thinking.shown,
     )
 
 

@@ -41,17 +41,35 @@ async def running(house: House, stage: Stage) -> Job:
     return job
 
 
+def go_on(stage: Stage) -> None:
+    """Let the answer under way end, and all that follow."""
+    assert stage.answer_gate is not None
+    stage.answer_gate.set()
+
+
+async def encodes_beside_a_decode(house: House, stage: Stage, model: str = "a") -> int:
+    """Return how many encodes began for a waiting job before the decode ended; end both jobs."""
+    with trio.fail_after(20):
+        first = await running(house, stage)
+        second = await waiting(house, "10.0.0.2", model=model)
+        await trio.testing.wait_all_tasks_blocked()
+        encodes = stage.encodes
+        go_on(stage)
+        await good(first)
+        await good(second)
+    return encodes
+
+
 async def test_the_next_ones_picture_is_encoded_beside_the_decode(tmp_path: Path) -> None:
     stage = Stage()
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
         with trio.fail_after(20):
             first = await running(house, stage)
             second = await waiting(house, "10.0.0.2", pictures=2)
-            await trio.testing.wait_all_tasks_blocked(0.005)
+            await trio.testing.wait_all_tasks_blocked()
             assert second.phase == "waiting"
             assert stage.events == ["answer begins", *["encode begins", "encode ends"] * 2]
-            assert stage.answer_gate is not None
-            stage.answer_gate.set()
+            go_on(stage)
             await good(first)
             end = await good(second)
             await house.scheduler.wait_empty()
@@ -65,30 +83,14 @@ async def test_nothing_is_encoded_ahead_that_would_not_be_kept(tmp_path: Path) -
     stage = Stage()
     cache = {"embeddings_bytes": 127}  # one byte less than a picture's rows
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON, cache=cache) as house:
-        with trio.fail_after(20):
-            first = await running(house, stage)
-            second = await waiting(house, "10.0.0.2")
-            await trio.testing.wait_all_tasks_blocked(0.005)
-            assert stage.encodes == 0
-            assert stage.answer_gate is not None
-            stage.answer_gate.set()
-            await good(first)
-            await good(second)
+        assert await encodes_beside_a_decode(house, stage) == 0
         assert stage.encodes == 1
 
 
 async def test_off_unless_it_is_asked_for(tmp_path: Path) -> None:
     stage = Stage()
     async with quick_house(tmp_path, "a", child=stage.child) as house:
-        with trio.fail_after(20):
-            first = await running(house, stage)
-            second = await waiting(house, "10.0.0.2")
-            await trio.testing.wait_all_tasks_blocked(0.005)
-            assert stage.encodes == 0
-            assert stage.answer_gate is not None
-            stage.answer_gate.set()
-            await good(first)
-            await good(second)
+        assert await encodes_beside_a_decode(house, stage) == 0
         assert stage.events[1:3] == ["answer ends", "encode begins"]
         assert house.scheduler.statistics()["overlap"] == "off"
 
@@ -110,10 +112,9 @@ async def test_an_answer_ends_before_the_encode_beside_it_and_nothing_else_begin
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(unload)
-                assert stage.answer_gate is not None
-                stage.answer_gate.set()
+                go_on(stage)
                 await good(first)
-                await trio.testing.wait_all_tasks_blocked(0.005)
+                await trio.testing.wait_all_tasks_blocked()
                 # The reader has its end; the encode goes on, and the unload waits for it.
                 assert stage.events[-1] == "answer ends"
                 assert not unloaded.is_set()
@@ -136,13 +137,11 @@ async def test_a_failed_encode_beside_a_decode_is_the_last_one(
         with trio.fail_after(20), caplog.at_level(logging.ERROR):
             first = await running(house, stage)
             second = await waiting(house, "10.0.0.2")
-            while not house.tools.overlap.broken:  # noqa: ASYNC110 - nothing tells it but the log
-                await trio.sleep(0.001)
+            await house.tools.overlap.gave_up.wait()
             third = await waiting(house, "10.0.0.3")
-            await trio.testing.wait_all_tasks_blocked(0.005)
+            await trio.testing.wait_all_tasks_blocked()
             assert stage.encodes == 1
-            assert stage.answer_gate is not None
-            stage.answer_gate.set()
+            go_on(stage)
             # Nobody's request pays for it: the picture is encoded again, in its turn.
             for job in (first, second, third):
                 await good(job)
@@ -163,11 +162,10 @@ async def test_a_decode_that_fails_beside_an_encode_ends_it_too(tmp_path: Path, 
         with trio.fail_after(20):
             first = await running(house, stage)
             second = await waiting(house, "10.0.0.2")
-            await trio.testing.wait_all_tasks_blocked(0.005)
+            await trio.testing.wait_all_tasks_blocked()
             assert len(house.tools.cache) == 1
             stage.fail = "decoder"
-            assert stage.answer_gate is not None
-            stage.answer_gate.set()
+            go_on(stage)
             _, end = await collect(first)
             assert end.reason == ("error" if how == "error" else "stop")
             await good(second)
@@ -214,8 +212,7 @@ async def test_a_client_that_leaves_while_anothers_picture_is_encoded(tmp_path: 
             assert end.reason == "client_gone"
             assert stage.encode_gate is not None
             stage.encode_gate.set()
-            assert stage.answer_gate is not None
-            stage.answer_gate.set()
+            go_on(stage)
             await good(second)
         assert stage.encodes == 1
         assert house.tools.overlap.on
@@ -225,12 +222,4 @@ async def test_a_client_that_leaves_while_anothers_picture_is_encoded(tmp_path: 
 async def test_another_models_picture_is_not_encoded_ahead(tmp_path: Path) -> None:
     stage = Stage()
     async with quick_house(tmp_path, "a", "b", child=stage.child, npu=ON) as house:
-        with trio.fail_after(20):
-            first = await running(house, stage)
-            second = await waiting(house, "10.0.0.2", model="b")
-            await trio.testing.wait_all_tasks_blocked(0.005)
-            assert stage.encodes == 0
-            assert stage.answer_gate is not None
-            stage.answer_gate.set()
-            await good(first)
-            await good(second)
+        assert await encodes_beside_a_decode(house, stage, model="b") == 0

@@ -74,13 +74,18 @@ def test_jobs_of_one_client_and_class_keep_their_order_within_the_jumps() -> Non
 def test_between_two_clients_of_one_class() -> None:
     """The other's request starts after at most 1 + max_jumps foreign jobs and one swap."""
     rng = random.Random(3)
-    for _ in range(3_000):
+    plain = 0
+    for _ in range(10_000):
         rules = Rules(rng.choice([0.5, 30.0]), rng.randint(0, 4))
         board = Board(rules, swap_seconds=1.0)
+        models = rng.choice(["ab", "abc"])
         works = [
-            Work(rng.uniform(0, 12), rng.choice("xy"), rng.choice("ab"), rng.choice([0.5, 1.0]))
+            Work(
+                rng.uniform(0, 12), rng.choice("xy"), rng.choice(models), rng.choice([0.5, 1.0]),
+                prefix=rng.choice(["", "p", "q"]),
+            )
             for _ in range(rng.randint(2, 20))
-        ]
+        ]  # fmt: skip
         served = board.run(works)
         for one in served:
             own = one.work.client
@@ -88,11 +93,18 @@ def test_between_two_clients_of_one_class() -> None:
                 continue
             between = served[one.services_before : one.number - 1]
             foreign = [s for s in between if s.work.client != own]
-            if one.running is not None and one.running.work.client != own:
-                foreign.insert(0, one.running)
-                # Of those between, or for itself; where its own client ran, it may be one more.
+            later = [s for s in between if s.work.client == own]
+            assert len(later) <= rules.max_jumps
+            assert not any(s.swap for s in later)
+            own_ran = one.running is not None and one.running.work.client == own
+            assert sum(s.swap for s in foreign) <= own_ran + len(later)
+            if not own_ran and not later:
+                plain += 1
                 assert sum(s.swap for s in served[one.services_before : one.number]) <= 1
+            if one.running is not None and not own_ran:
+                foreign.insert(0, one.running)
             assert len(foreign) <= 1 + rules.max_jumps
+    assert plain > 10_000
 
 
 @pytest.mark.parametrize("jumps", [0, 1, 4])

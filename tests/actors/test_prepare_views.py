@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from rkvlmd.actors import prepare
+from rkvlmd.actors import prepare, ready
 from rkvlmd.actors.blobs import Blob
 from rkvlmd.actors.embeddings import Rows
 from rkvlmd.actors.prepare import Picture, Prompt, View
 from rkvlmd.messages import Sampling
 from rkvlmd.models.catalog import Entry
-from rkvlmd.models.manifest import Decoder, Encoder, File, Manifest, Resize, Tags
+from rkvlmd.models.manifest import Assembly, Decoder, Encoder, File, Manifest, Resize, Tags
 from rkvlmd.wire import child as wire
 from tests.fakes.children import memfd
 
@@ -80,6 +81,7 @@ def keys(model: Entry, answer: wire.PictureDone, *, exact: bool = False) -> list
     blobs = [Blob(memfd(8)) for _ in answer.views]
     made = list(prepare._views(answer, blobs, model, "auto", exact=exact))
     for one in made:
+        assert one.pixels is not None
         one.pixels.blob.close()
     return [one.key for one in made]
 
@@ -106,11 +108,63 @@ def test_spans_name_their_view_and_its_grid() -> None:
         (View(rows, "one", 0, 4, (1, 4, 4), (1, 2, 2)), View(rows, "two", 1, 2)), ("<", 0, 1), "a"
     )
     request = SimpleNamespace(sampling=Sampling(), stop=())
-    job: Any = SimpleNamespace(request=request, adapter="")
+    job: Any = SimpleNamespace(request=request, adapter="", thinking=None)
     found = prepare.order(job, MODEL, Prompt([1] * 9, [(1, 4, 0, 0), (5, 2, 0, 1)]), [made], 7)
     assert [(s.start, s.count, s.key, s.grid) for s in found.spans] == [
         (1, 4, "one", (1, 2, 2)), (5, 2, "two", None),
     ]  # fmt: skip
     assert made.tokens == 6
     made.close()
+    assert Blob.live == 0
+
+
+def assembled() -> Entry:
+    """Return a model whose encoders see 2 x 2 and 1 x 1 squares, with the ends of lines."""
+    whole, tile = encoder(7), encoder(3, tile=True)
+    tile = msgspec.structs.replace(tile, width=8, height=8)
+    made = entry(whole, tile)
+    manifest = msgspec.structs.replace(made.manifest, assembly=Assembly(square=8))
+    return replace(made, manifest=manifest)
+
+
+def of(tiles: tuple[int, int] | None, *views: wire.View, places: int = 1) -> wire.PictureDone:
+    answer = done(*views, layout=["<", *range(places), ">"])
+    return msgspec.structs.replace(answer, tiles=tiles)
+
+
+PAGE, TILE = view(0, 7), view(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "good"),
+    [
+        (of((0, 0), PAGE), True),
+        (of((1, 2), TILE, TILE, PAGE), True),
+        (of((1, 2), TILE, PAGE), False),  # as many views as the grid has, and one
+        (of((0, 2), TILE, TILE, PAGE), False),
+        (of(None, PAGE), False),
+        (of((1, 1), TILE, PAGE, places=2), False),  # all of them are one place
+    ],
+)
+def test_what_a_prep_child_may_answer_for_a_block(answer: wire.PictureDone, good: bool) -> None:
+    assert prepare._expected(answer, len(answer.views), assembled()) is good
+
+
+def test_a_block_is_one_span_of_several_views() -> None:
+    rows = Rows(Blob(memfd(8)), TENSOR)
+    parts = tuple(View(rows, key, 1, 3) for key in ("a", "b"))
+    page = View(rows, "page", 0, 7)
+    picture = Picture((*parts, page), ("", 0, ""), "x", tiles=(1, 2), block=10)
+    lone = Picture((page,), ("", 0, ""), "x", tiles=(0, 0), block=7)
+    assert (picture.places, picture.tokens) == ((10,), 10)
+    prompt = Prompt([1] * 20, [(1, 10, 0, 0), (12, 7, 1, 0)])
+    assert [v.key for v in ready.needed(prompt, [picture, lone])] == ["a", "b", "page", "page"]
+    first, second = ready.spans(prompt, [picture, lone])
+    assert (first.start, first.count, first.tiles) == (1, 10, (1, 2))
+    assert (second.key, second.tiles) == ("page", (0, 0))
+    # Whatever stands at the place has a name of its own.
+    other = replace(picture, views=(parts[0], parts[0], page))
+    keys = {first.key, second.key, ready.spans(prompt, [other, lone])[0].key}
+    assert len(keys) == 3
+    rows.blob.close()
     assert Blob.live == 0

@@ -237,7 +237,8 @@ async def test_idle_models_leave(
         more = {} if asked is None else {"keep_alive": asked}
         assert await ask(house, "a", **more) == "stop"
         planned = house.residency.model("a").idle_seconds
-        assert planned == (None if math.isinf(seconds) else pytest.approx(seconds))
+        if seconds:  # else it may be on its way out by now
+            assert planned == (None if math.isinf(seconds) else pytest.approx(seconds))
         assert await left_after(house, "a") == seconds
         if seconds < math.inf:
             assert machine.alive() == []

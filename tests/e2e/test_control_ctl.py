@@ -241,6 +241,29 @@ async def test_ask_streams(path):
     assert "authorization" not in http.heads[0].lower()
 
 
+async def test_ask_keeps_thoughts_and_answer_apart(path):
+    def thought(text):
+        return {"choices": [{"delta": {"reasoning_content": text, "reasoning": text}}]}
+
+    streamed = sse(thought("Let me"), thought(" see."), chunk("Red."), "data: [DONE]")
+    message = {"role": "assistant", "content": "Red.", "reasoning_content": "Let me see."}
+    whole = response(200, {"choices": [{"message": message}]})
+    cut = sse(thought("hm"), "data: [DONE]")
+    http = HttpScript(streamed, streamed, whole, cut)
+    async with serving(FakeHouse(), path, http):
+        done = await ctl(path, "ask", "x")
+        assert (done.stdout, done.stderr) == (b"Red.\n", b"")
+        done = await ctl(path, "ask", "--think", "x")
+        assert (done.stdout, done.stderr) == (b"Red.\n", b"Let me see.\n\n")
+        done = await ctl(path, "ask", "--think", "--no-stream", "x")
+        assert (done.stdout, done.stderr) == (b"Red.\n", b"Let me see.\n\n")
+        done = await ctl(path, "ask", "--no-think", "x")
+        assert (done.returncode, done.stdout) == (0, b"")
+        assert b"--no-think" in done.stderr
+    wishes = [body.get("chat_template_kwargs", {}).get("enable_thinking") for body in http.bodies]
+    assert wishes == [None, True, True, False]
+
+
 async def test_ask_sends_pictures_in_order(path, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"\x89PNG" + name.encode())

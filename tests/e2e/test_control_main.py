@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -234,3 +235,30 @@ def test_log_is_one_line_an_event(capsys):
     assert lines[0] == "<6>rkvlmd: m"
     assert lines[-1] == "<6>    ValueError: x"
     assert len(lines) > 2
+
+
+@pytest.mark.parametrize(("soft", "hard", "wanted"), [(256, 4096, 4096), (300, 300, 300)])
+def test_the_soft_limit_of_open_files_is_raised(place, soft, hard, wanted):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    process = subprocess.Popen(
+        [*COMMAND, *options(place)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=limit,
+    )  # fmt: skip
+    try:
+        assert "listening" in process.stdout.readline()
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (wanted, hard)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_more_open_files_than_anybody_needs_are_not_asked_for(monkeypatch):
+    asked = []
+    for soft, hard in ((1024, resource.RLIM_INFINITY), (1024, 1 << 20), (500_000, 1 << 20)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, now=(soft, hard): now)
+        monkeypatch.setattr(resource, "setrlimit", lambda _, new: asked.append(new))
+        cli.raise_descriptors()
+    assert asked == [(102_400, resource.RLIM_INFINITY), (102_400, 1 << 20)]

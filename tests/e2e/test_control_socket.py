@@ -64,6 +64,13 @@ class Caller:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 
+    async def until(self, key):
+        """Return the next line that has a key, as notifications have neither result nor error."""
+        while True:
+            found = await self.line()
+            if key in found:
+                return found
+
     async def call(self, method, params=None):
         await self.send(method, params)
         return await self.line()
@@ -127,9 +134,7 @@ async def test_load_tells_progress_and_the_end(path):
             "seconds_left": 12.3,
         }  # fmt: skip
         house.residency.finish("demo")
-        end = await peer.line()
-        while "result" not in end:
-            end = await peer.line()
+        end = await peer.until("result")
         assert end["result"]["model"]["state"] == "ready"
         assert end["id"] == 1
 
@@ -140,9 +145,7 @@ async def test_failed_load_says_why(path):
         await peer.send("load", {"model": "demo"})
         await waits_for_load(house)
         house.residency.fail("demo", RkvlmdError("model_failed", "the decoder did not start"))
-        answer = await peer.line()
-        while "error" not in answer:
-            answer = await peer.line()
+        answer = await peer.until("error")
         assert answer["error"] == {
             "code": -32000,
             "message": "the decoder did not start",
@@ -160,9 +163,7 @@ async def test_unload_and_cancel(path):
         await peer.send("unload", {"model": "other"})
         await waits_for_load(house)
         house.residency.finish("other", ModelState.ABSENT)
-        answer = await peer.line()
-        while "result" not in answer:
-            answer = await peer.line()
+        answer = await peer.until("result")
         assert answer["result"]["model"]["state"] == "absent"
 
 
@@ -178,9 +179,7 @@ async def test_other_calls_are_answered_during_a_load(path):
         await peer.send("load", {"model": "demo"}, id_="slow")
         await waits_for_load(house)
         await peer.send("version", id_="quick")
-        answer = await peer.line()
-        while "result" not in answer:
-            answer = await peer.line()
+        answer = await peer.until("result")
         assert answer["id"] == "quick"
 
 
@@ -219,9 +218,7 @@ async def test_unload_that_fails_is_told(path):
         await peer.send("unload", {"model": "demo"})
         await waits_for_load(house)
         house.residency.fail("demo", RkvlmdError("server_error", "it does not leave"))
-        answer = await peer.line()
-        while "error" not in answer:
-            answer = await peer.line()
+        answer = await peer.until("error")
         assert answer["error"]["data"]["code"] == "server_error"
 
 
@@ -281,9 +278,7 @@ async def test_idle_connection_is_closed_unless_it_waits_for_a_call(path):
         await waits_for_load(house)
         assert await idle.line() is None
         house.residency.finish("demo")
-        answer = await waiting.line()
-        while "result" not in answer:
-            answer = await waiting.line()
+        await waiting.until("result")
 
 
 async def test_connection_limit(path):

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -21,20 +20,6 @@ from tests.e2e.daemon import Daemon, gone, png, question, running
 from tests.fakes.tiny_model import make_model
 
 pytestmark = pytest.mark.process
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "tiny", name="tiny")
-    make_model(folder / "other", name="other")
-    return folder
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, models: Path) -> Iterator[Daemon]:
-    with running(tmp_path, models) as started:
-        yield started
 
 
 def client(daemon: Daemon, **more: object) -> openai.OpenAI:
@@ -104,7 +89,10 @@ def test_killing_a_child_costs_nothing_else(daemon: Daemon) -> None:
     with client(daemon) as api:
         ask = {"model": "tiny", "messages": question("x", png()), "max_tokens": 4}
         first = api.chat.completions.create(**ask).choices[0].message.content  # type: ignore[call-overload]
-        for name, pid in daemon.children().items():
+        children = daemon.children()
+        assert {"encoder:tiny", "decoder:tiny"} < set(children)
+        assert any(name.startswith("prep") for name in children)
+        for name, pid in children.items():
             os.kill(pid, signal.SIGKILL)
             assert gone(pid), name
             again = api.chat.completions.create(**ask).choices[0].message.content  # type: ignore[call-overload]

@@ -135,6 +135,50 @@ async def test_each_take_is_one_chunk_and_text_is_merged() -> None:
             assert await client.chunk() == b""
 
 
+async def think(job: Job) -> None:
+    job.prompt_tokens, job.completion_tokens, job.reasoning_tokens = 5, 4, 3
+    job.checked.set()
+    job.outbox.put("", "Let me")
+    job.outbox.put("Yes", " see.")
+    job.outbox.put(".")
+    job.finish("stop")
+
+
+async def test_thoughts_are_no_content() -> None:
+    async with running(script=think) as house:
+        reply = await ask(house)
+        choice = json.loads(reply.body)["choices"][0]
+        assert choice["message"] == {
+            "role": "assistant", "content": "Yes.", "refusal": None,
+            "reasoning_content": "Let me see.", "reasoning": "Let me see.",
+        }  # fmt: skip
+        usage = json.loads(reply.body)["usage"]
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": 3}
+        reply = await ask(house, stream=True)
+        deltas = [c["choices"][0]["delta"] for c in events(reply.body)[:-1]]
+        assert deltas == [
+            {"role": "assistant", "content": ""},
+            {"reasoning_content": "Let me see.", "reasoning": "Let me see."},
+            {"content": "Yes."},
+            {},
+        ]
+
+
+async def test_an_answer_of_nothing_but_thoughts() -> None:
+    async def script(job: Job) -> None:
+        job.outbox.put("", "hm")
+        job.finish("length")
+
+    async with running(script=script) as house:
+        choice = json.loads((await ask(house)).body)["choices"][0]
+        assert (choice["message"]["content"], choice["message"]["reasoning"]) == ("", "hm")
+        assert choice["finish_reason"] == "length"
+        chunks = events((await ask(house, stream=True)).body)
+        assert [c["choices"][0]["delta"] for c in chunks[1:-1]] == [
+            {"reasoning_content": "hm", "reasoning": "hm"}, {},
+        ]  # fmt: skip
+
+
 async def test_pings_until_the_first_token(autojump_clock: trio.testing.MockClock) -> None:
     go = trio.Event()
 
@@ -244,8 +288,8 @@ async def test_ignored_parameters_are_named() -> None:
 
     async with running(script=script) as house:
         for stream in (True, False):
-            reply = await ask(house, stream=stream, reasoning_effort="low", seed=1, user="me")
-            assert reply.headers["x-rkvlmd-ignored"] == "reasoning_effort, seed"
+            reply = await ask(house, stream=stream, verbosity="low", seed=1, user="me")
+            assert reply.headers["x-rkvlmd-ignored"] == "verbosity, seed"
         reply = await ask(house, user="me")
         assert reply.headers["x-rkvlmd-ignored"] == "seed"
 
@@ -359,6 +403,7 @@ async def test_models_and_health() -> None:
                     "input_modalities": ["text", "image"],
                     "output_modalities": ["text"],
                 },
+                "capabilities": ["completion", "vision"],
             }
             assert json.loads((await get(client, "/v1/models/default")).body)["id"] == "demo"
             missing = await get(client, "/v1/models/none")

@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,8 @@ import httpx
 import pytest
 
 from tests.e2e.daemon import PATIENCE, Daemon, question, running
-from tests.fakes.tiny_model import make_model
 
 pytestmark = pytest.mark.process
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_model(folder / "tiny", name="tiny")
-    make_model(folder / "other", name="other")
-    return folder
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, models: Path) -> Iterator[Daemon]:
-    with running(tmp_path, models) as started:
-        yield started
 
 
 def ask(daemon: Daemon, model: str, **more: Any) -> httpx.Response:

@@ -81,7 +81,7 @@ class FakeChild:
         if not self.alive:
             await self.dead.wait()
             assert self.death is not None
-            raise self.death
+            raise self.death.before()
         with trio.CancelScope(shield=True):
             if isinstance(message, wire.Abort):
                 self.aborts += 1
@@ -102,13 +102,7 @@ class FakeChild:
             if isinstance(order, wire.Load):
                 await self._answer(self.load())
             elif isinstance(order, wire.Picture):
-                tensor = wire.Tensor(shape=(8,), dtype="uint8")
-                tokens = order.manifest["encoders"][0]["tokens"]
-                done = wire.PictureDone(
-                    id=order.id, sha256=self.sha256(), width=4, height=4, format="PNG",
-                    views=[wire.View(encoder=0, tensor=tensor, tokens=tokens)], layout=[0],
-                )  # fmt: skip
-                await self._answer(done, memfd(8))
+                await self._picture(order)
             elif isinstance(order, wire.Render):
                 count = sum(sum(picture.tokens) for picture in order.pictures)
                 await self._answer(
@@ -134,6 +128,23 @@ class FakeChild:
     def held(self, order: wire.Generate) -> list[str]:
         """Return what the cache holds after a run."""
         return []
+
+    async def _picture(self, order: wire.Picture) -> None:
+        sha256 = self.sha256()
+        if sha256 in order.known:
+            await self._answer(
+                wire.PictureDone(
+                    id=order.id, sha256=sha256, width=0, height=0, format="", views=[], layout=[]
+                )
+            )
+            return
+        tensor = wire.Tensor(shape=(8,), dtype="uint8")
+        tokens = order.manifest["encoders"][0]["tokens"]
+        done = wire.PictureDone(
+            id=order.id, sha256=sha256, width=4, height=4, format="PNG",
+            views=[wire.View(encoder=0, tensor=tensor, tokens=tokens)], layout=[0],
+        )  # fmt: skip
+        await self._answer(done, memfd(8))
 
     async def _encode(self, order: wire.Encode) -> None:
         rows = wire.Tensor(shape=(4, 8), dtype="float32")

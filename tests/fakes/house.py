@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -197,6 +198,16 @@ class Reply:
     status: int
     headers: dict[str, str]
     body: bytes
+
+    def code(self) -> str:
+        """Return the code of an error, of which all must be there that clients read."""
+        assert self.headers["content-type"] == "application/json"
+        assert self.headers["x-request-id"]
+        assert self.headers["content-length"] == str(len(self.body))
+        error = json.loads(self.body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"]
+        return str(error["code"])
 
 
 class Client:

@@ -16,6 +16,13 @@ TESTS = {
     "[{}-plain]",
     "P": "tests/parity/test_prompts.py::test_the_prompt_is_the_processors[{}-{}]",
     "G": "tests/parity/test_pixels.py::test_the_exact_path_is_the_processors[{}-1024x768-RGB-JPEG]",
+    "D": "tests/parity_onnx/test_daemon.py::test_answers_with_pictures_equal_transformers",
+    "K": "tests/process/test_npu_cut.py::{}",
+    "F": "tests/parity_onnx/test_video.py"
+    "::test_logits_and_greedy_tokens_of_videos_equal_transformers[{}]",
+    "H": "tests/process/test_npu_thinking.py::test_a_model_thinks_when_asked_to[{}]",
+    "E": "tests/e2e/test_imported_clip.py"
+    "::test_published_towers_are_imported_and_give_the_vectors_of_transformers",
 }
 WHAT = {
     "N": "the whole daemon on the simulated board, files imported as published: pictures and turns",
@@ -24,6 +31,15 @@ WHAT = {
     "C": "the CPU engine on an exported checkpoint: logits and greedy tokens equal `transformers`",
     "P": "the token ids of the whole prompt equal those of the published processor",
     "G": "pixels, and the number of tiles, equal those of the published processor",
+    "D": "the whole daemon with the CPU engine: answers to tiles and a thumbnail equal `transformers`",
+    "K": "the whole daemon on the simulated board, parts of pictures in their order and with their"
+    " tags: models of the catalogue whose name ends in `-tiles` or `-slices`, imported with `--model`",
+    "F": "videos as patches of two frames on the CPU engine: logits and greedy tokens equal"
+    " `transformers`",
+    "H": "the whole daemon on the simulated board: thoughts when they are asked for, apart from the"
+    " answer",
+    "E": "no text, but `/v1/embeddings` of texts and pictures: published towers imported, vectors"
+    " equal those of `transformers`",
 }
 ABILITIES = (
     "one picture", "several", "multi-turn", "video", "tiles", "tools", "thinking",
@@ -46,25 +62,33 @@ class Row:
     tiles: str = ""
     sees: bool = True
     several: bool = True
-    #: Tiles that only the geometry knows: no encoder of the catalogue uses them.
-    unserved: bool = False
+    #: The test of its parts on the simulated board, and whether the CPU engine's was compared.
+    cut: str = ""
+    cut_cpu: bool = False
+    #: The model of the catalogue that thinks; whether videos on the CPU engine were compared.
+    thinks: str = ""
+    thinker: str = ""
+    films: bool = False
+    #: It makes vectors alone.
+    embeds: bool = False
 
     def cells(self) -> list[str]:
         """Return what the table says, one cell an ability."""
+        if self.embeds:
+            return [_yes(["E"]), *["-"] * 6, _yes(["E"]), "no", "not yet"]
         talk = ["N", *(["C"] if self.cpu else [])] if self.sees else []
         talk += ["P"] if self.prompt else []
         turns = talk or ["T", *(["C"] if self.cpu else [])]
-        tiles = "-"
-        if self.tiles:
-            tiles = "cut, not served (G)" if self.unserved else "yes (G)"
+        parts = ["G"] + ["P"] * bool(self.prompt) + ["D"] * self.cut_cpu + ["K"] * bool(self.cut)
+        tiles = _yes(parts) if self.tiles else "-"
         return [
             _yes(talk),
             _yes(talk if self.several else []) if self.sees else "-",
             _yes(turns),
-            _yes(["V"] if self.several else []) if self.sees else "-",
+            _yes(["V", *["F"] * self.films] if self.several else []) if self.sees else "-",
             tiles,
             "no",
-            "no",
+            self.thinker + _yes(["H"] if self.thinks else []),
             _yes(["C"] if self.cpu else []),
             _yes(["N" if self.sees else "T"]),
             "not yet",
@@ -73,7 +97,8 @@ class Row:
     def tests(self) -> list[str]:
         """Return the tests that the row's cells name."""
         names = {"N": self.npu, "V": self.npu, "T": self.npu, "C": self.cpu,
-                 "P": self.prompt, "G": self.tiles}  # fmt: skip
+                 "P": self.prompt, "G": self.tiles, "D": "", "K": self.cut,
+                 "F": self.cpu, "H": self.thinks, "E": ""}  # fmt: skip
         used = {letter for letter in TESTS for cell in self.cells() if f"({letter}" in cell}
         used |= {letter for letter in TESTS for cell in self.cells() if f", {letter}" in cell}
         return [
@@ -88,21 +113,26 @@ def _yes(letters: list[str]) -> str:
 
 
 ROWS = (
-    Row("Qwen2-VL", "qwen2-vl-2b", "qwen2_vl", "qwen2_vl"),
-    Row("Qwen2.5-VL", "qwen2.5-vl-3b", "qwen2_5_vl", "qwen2_5_vl"),
-    Row("Qwen3-VL", "qwen3-vl-2b", "qwen3_vl", "qwen3_vl"),
-    Row("Qwen3.5", "qwen3.5-0.8b", "qwen3_5"),
-    Row("InternVL3, 3.5", "internvl3-1b", "internvl", "internvl", tiles="internvl"),
+    Row("Qwen2-VL", "qwen2-vl-2b", "qwen2_vl", "qwen2_vl", films=True),
+    Row("Qwen2.5-VL", "qwen2.5-vl-3b", "qwen2_5_vl", "qwen2_5_vl", films=True),
+    Row("Qwen3-VL", "qwen3-vl-2b", "qwen3_vl", "qwen3_vl", films=True),
+    Row("Qwen3.5", "qwen3.5-0.8b", "qwen3_5", films=True, thinks="qwen3.5-0.8b"),
+    Row("InternVL3, 3.5", "internvl3-1b", "internvl", "internvl", tiles="internvl", cut_cpu=True,
+        cut="test_tiles_reach_the_decoder_between_one_pair_of_tags", thinks="internvl3.5-1b",
+        thinker="3.5: "),
     Row("SmolVLM, SmolVLM2", "smolvlm-256m", "smolvlm", "smolvlm", tiles="smolvlm"),
-    Row("DeepSeek-OCR", "deepseek-ocr", tiles="deepseek_ocr", several=False, unserved=True),
-    Row("MiniCPM-V 2.6", "minicpm-v-2.6", tiles="minicpmv", unserved=True),
+    Row("DeepSeek-OCR", "deepseek-ocr", tiles="deepseek_ocr", several=False,
+        cut="test_tiles_and_page_are_one_block[size0-grid0-tiles]"),
+    Row("MiniCPM-V 2.6", "minicpm-v-2.6", tiles="minicpmv",
+        cut="test_slices_reach_the_decoder_between_their_tags"),
     Row("Janus-Pro", "janus-pro-1b", "janus", "janus"),
     Row("Gemma 3", "gemma3-4b", "gemma3", "gemma3"),
     Row("Gemma 3n (text)", "gemma3n-e2b", "gemma3n", sees=False),
     Row("Gemma 4 (text)", "gemma4-e2b", "gemma4", sees=False),
     Row("FastVLM", "fastvlm-0.5b", several=False),
     Row("LLaVA-1.5", "llava-1.5-7b", "llava", "llava"),
-    Row("Qwen3 (text)", "qwen3-0.6b", "qwen3", sees=False),
+    Row("Qwen3 (text)", "qwen3-0.6b", "qwen3", sees=False, thinks="qwen3-0.6b"),
+    Row("CLIP (vectors)", "clip-vit-base-patch32", embeds=True),
 )  # fmt: skip
 
 
@@ -114,7 +144,9 @@ def table() -> str:
     shown.append("")
     for letter, test in TESTS.items():
         file, _, name = test.partition("::")
-        shown.append(f"- {letter}: {WHAT[letter]}; `{name.partition('[')[0]}` in `{file}`")
+        name = name.partition("[")[0]
+        where = f"`{file}`" if name == "{}" else f"`{name}` in `{file}`"
+        shown.append(f"- {letter}: {WHAT[letter]}; {where}")
     return "\n".join(shown) + "\n"
 
 

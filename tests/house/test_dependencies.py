@@ -49,3 +49,11 @@ def test_tests_and_tools_import_what_the_extra_declares() -> None:
     found = imported("tests", "tools") - BESIDE
     assert found <= BASE | EXTRAS["cpu"] | EXTRAS["video"] | EXTRAS["test"]
     assert EXTRAS["test"] - RUN <= found | BASE
+
+
+def test_the_npu_s_package_is_asked_for_where_there_is_one() -> None:
+    # rknn-toolkit-lite2 has wheels for aarch64, up to Python 3.12.
+    (requirement,) = PROJECT["optional-dependencies"]["npu"]
+    _, _, marker = requirement.partition(";")
+    wanted = {"platform_machine == 'aarch64'", "python_version < '3.13'"}
+    assert {part.strip() for part in marker.split(" and ")} == wanted

@@ -78,9 +78,9 @@ def ours(case: Case, folder: Path, talk: Any) -> list[int]:
             tokens = [view.tokens for view in plan.views]
             pictures.append(Laid(layout=list(plan.layout), tokens=tokens))
         turns.append({"role": role, "parts": found})
-    ids, spans = render.render(str(folder), case.manifest, turns, pictures)
-    assert sum(count for _, count, _, _ in spans) == sum(sum(p.tokens) for p in pictures)
-    return ids
+    made = render.render(str(folder), case.manifest, turns, pictures)
+    assert sum(count for _, count, _, _ in made.spans) == sum(sum(p.tokens) for p in pictures)
+    return made.tokens
 
 
 def theirs(case: Case, made: Tokenizer, talk: Any) -> list[int]:

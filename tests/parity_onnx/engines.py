@@ -24,6 +24,7 @@ class Picture:
     pixels: np.ndarray
     tokens: int
     grid: tuple[int, int, int] | None = None
+    time: int = 0
 
     @property
     def merged(self) -> tuple[int, int, int] | None:

@@ -101,6 +101,8 @@ async def test_a_conversation_on_one_picture_computes_its_new_turns_alone(tmp_pa
                 turns.append(Turn("assistant", (TextPart(text),)))
             assert house.tools.cache.misses == 1
             assert house.tools.cache.hits == 5
+            decoded = house.tools.metrics.picture_decode.series[()]
+            assert sum(decoded.counts) == 1
 
 
 @pytest.mark.parametrize("budget", [0, 64 << 20])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from rkvlmd.actors.blobs import Blob
 from rkvlmd.errors import RkvlmdError
@@ -19,6 +21,17 @@ pytestmark = pytest.mark.process
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def restarts(house: Any) -> dict[str, int]:
+    """Return how often each child of the models has been started again."""
+    return {line["name"]: line["restarts"] for line in house.residency.children()}
+
+
+def children(house: Any) -> dict[str, int]:
+    """Return the pid of each child, by name."""
+    prep = {name: child.pid for name, child in house.tools.prep.children.items()}
+    return prep | {line["name"]: line["pid"] for line in house.residency.children()}
 
 
 async def good(house: Any, *, tokens: int = 16) -> None:
@@ -197,6 +210,7 @@ async def test_hang_that_ignores_abort_is_killed(tmp_path: Path) -> None:
         await until_phase(house, job, "generating")
         job.abandon("cancelled")
         await good(house)
+        assert restarts(house) == {"encoder:scripted": 0, "decoder:scripted": 1}
 
 
 async def test_failed_first_load_says_the_last_words(tmp_path: Path) -> None:
@@ -223,6 +237,7 @@ async def test_death_in_a_load_costs_time_only(tmp_path: Path, role: str, kind: 
     }  # fmt: skip
     async with open_house(tmp_path, scripts=scripts) as house:
         await good(house)
+        assert (tmp_path / "n").read_text()  # it did die
 
 
 @pytest.mark.parametrize(
@@ -284,6 +299,39 @@ async def test_content_that_kills_twice_is_refused(tmp_path: Path) -> None:
         await good(house)
 
 
+@pytest.mark.parametrize(
+    ("role", "phase"), [("decoder", "prefill"), ("encoder", "encoding"), ("prep", "preparing")]
+)
+async def test_a_child_that_dies_between_two_orders_says_nothing_of_the_next(
+    tmp_path: Path, role: str, phase: Any
+) -> None:
+    engine = {"restarts": 1000}
+    cache = {"embeddings_bytes": 0}  # so that every request needs every child
+    async with open_house(tmp_path, engine=engine, cache=cache) as house:
+        with trio.fail_after(60):
+            for _ in range(4):
+                _, end = await collect(submit(house, chat("the same", pictures=1)))
+                assert end.reason == "stop", end
+                await house.scheduler.wait_empty()
+                pids = [
+                    pid for name, pid in children(house).items() if name.partition(":")[0] == role
+                ]
+                assert pids
+                for pid in pids:
+                    # It cannot read what comes, as if it had been dead before that came.
+                    os.kill(pid, signal.SIGSTOP)
+                job = submit(house, chat("the same", pictures=1))
+                await until_phase(house, job, phase)
+                await trio.testing.wait_all_tasks_blocked()
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                _, end = await collect(job)
+                assert end.reason == "stop", end
+        assert len(house.tools.crashes) == 0
+        await good(house)
+    assert Blob.live == 0
+
+
 async def test_swap_on_demand_and_hold(tmp_path: Path) -> None:
     async with open_house(tmp_path, names=("a", "b")) as house:
         with trio.fail_after(60):
@@ -341,8 +389,7 @@ async def test_load_joins_a_load_and_survives_its_waiter(tmp_path: Path) -> None
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(house.residency.load, "scripted")
                 nursery.start_soon(house.residency.load, "scripted")
-        lines = house.residency.children()
-        assert [line["restarts"] for line in lines] == [0, 0]
+        assert list(restarts(house).values()) == [0, 0]
 
 
 async def test_full_queue_refuses_at_once(tmp_path: Path) -> None:

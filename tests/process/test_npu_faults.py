@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,20 +205,24 @@ def library_file(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("library", "layout", "says"),
+    ("library", "layout", "says", "mended"),
     [
-        ("missing.so", "", "does not exist"),
-        ("empty.so", "", "no ELF library"),
-        ("arm.so", "", "is built for"),
-        ("other.so", "", "does not say which version"),
-        ("1.2.3 that says 1.3.0", "", "laid out like those of 1.2.1"),
-        ("1.3.0", "1.2.3", "laid out like those of 1.3.0"),
-        ("1.3.0", "9.9", "npu.layout"),
+        ("missing.so", "", "does not exist", "1.3.0"),
+        ("empty.so", "", "no ELF library", "1.3.0"),
+        ("arm.so", "", "is built for", "1.3.0"),
+        ("other.so", "", "does not say which version", "1.3.0"),
+        ("1.2.3 that says 1.3.0", "", "laid out like those of 1.2.1", "1.3.0"),
+        ("1.3.0", "1.2.3", "laid out like those of 1.3.0", "1.2.3"),
+        ("1.3.0", "9.9", "npu.layout", ""),  # a setting, which is read at the start
     ],
 )
-async def test_a_library_that_does_not_fit(sim: Sim, library: str, layout: str, says: str) -> None:
+async def test_a_library_that_does_not_fit(
+    sim: Sim, library: str, layout: str, says: str, mended: str
+) -> None:
     vlm(sim)
-    path = library_file(sim.folder, library)
+    wrong, path = library_file(sim.folder, library), sim.folder / "librkllmrt.so"
+    if wrong.exists():
+        shutil.copy(wrong, path)
     async with open_house(sim, npu={"library": str(path), "layout": layout}) as house:
         with trio.fail_after(60), pytest.raises(RkvlmdError) as caught:
             await house.residency.load("vlm")
@@ -226,6 +231,11 @@ async def test_a_library_that_does_not_fit(sim: Sim, library: str, layout: str, 
             await ask(house)
         assert caught.value.status == 503
         assert "/" not in caught.value.message
+        if mended:  # the owner puts the right one there
+            shutil.copy(compiler.library(mended), path)
+            with trio.fail_after(60):
+                await house.residency.load("vlm")
+            await good(house)
 
 
 async def test_a_child_killed_while_it_holds_the_lease(
@@ -268,6 +278,27 @@ async def test_clients_that_leave_during_a_prefill(
         await good(house)
         # A prefill cannot be interrupted, and nobody was killed for it.
         assert {c["pid"] for c in house.residency.children()} == starts
+
+
+async def test_a_client_that_leaves_a_hang_which_hears_no_abort(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm(sim)
+    async with open_house(sim, engine=SHORT | {"token_seconds": 60.0}) as house:
+        with trio.fail_after(60):
+            await house.residency.load("vlm")
+        await with_fault(house, monkeypatch, "hang@decode:after=3")
+        pids = {c["name"]: c["pid"] for c in house.residency.children()}
+        job = submit(house, chat("hello", 1, max_tokens=400))
+        await until_phase(house, job, "generating")
+        job.abandon("client_gone")
+        # The abort is not heard, so its own deadline ends the child, long before the token's.
+        with trio.fail_after(30):
+            await house.scheduler.wait_empty()
+        await good(house)
+        after = {c["name"]: c["pid"] for c in house.residency.children()}
+        assert after["encoder:vlm"] == pids["encoder:vlm"]
+        assert after["decoder:vlm"] != pids["decoder:vlm"]
 
 
 async def test_two_hundred_clients_that_leave(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,25 +6,21 @@ One model of each family: nothing is written by hand, the catalogue and the file
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openai
 import pytest
 
 from rkvlmd.ctl.__main__ import main
-from rkvlmd.engine.detok import _table
 from rkvlmd.models import templates
 from rkvlmd.models.templates import Template
-from tests.e2e.daemon import Daemon, png, question, running
-from tests.fakes import published, videos
+from tests.e2e.daemon import png, question
+from tests.fakes import videos
 from tests.house.tree import ROOT
-from tests.npusim import compiler, models
-from tests.npusim.fixture import PYTHON, Sim
+from tests.npusim import downloads, models
+from tests.npusim.downloads import Board
 
 pytestmark = pytest.mark.process
 
@@ -42,87 +38,31 @@ SEVERAL = [m for m in MODELS if "multi_image" in CATALOGUE[m].manifest["capabili
 FRAMES = 3
 
 
-@dataclass
-class Board:
-    """A daemon and what its libraries were called with."""
-
-    daemon: Daemon
-    sim: Sim
-
-    def ask(self, model: str, messages: Any) -> tuple[dict[str, str], Any]:
-        with openai.OpenAI(
-            base_url=self.daemon.url + "/v1", api_key="x", max_retries=0, timeout=60
-        ) as api:
-            done = api.chat.completions.create(model=model, messages=messages, max_tokens=400)
-        assert done.choices[0].finish_reason == "stop", done
-        return models.answer(done.choices[0].message.content or ""), done
-
-
 def download(folder: Path, template: Template) -> None:
     """Write what somebody publishes: a pair of files, and the tokenizer of the checkpoint."""
-    match, special = template.match, list(template.manifest["special_strings"])
-    folder.mkdir(parents=True)
-    published.tokenizer(folder / "tokenizer.json", special)
-    ids = {c: i for i, c in enumerate(sorted(_table()))}
-    numbers = {text: 256 + i for i, text in enumerate(special)}
-    models.rkllm(
-        folder / f"{template.match.names[0].strip('*')}_w8a8_rk3588.rkllm", specials=numbers,
-        byte_ids=[ids[c] for c, _ in sorted(_table().items(), key=lambda item: item[1])],
-        embed=match.embedding, outputs=match.outputs, signed_rows=True,
-        merge=match.tokens.square if match.tokens and not match.tokens.end else 0,
-        eos=next(numbers[s] for s in special if s in ENDS),
-    )  # fmt: skip
+    match = template.match
+    merge = match.tokens.square if match.tokens and not match.tokens.end else 0
+    downloads.decoder(folder, template, signed_rows=True, merge=merge)
     if template.model == "gemma3n-e2b":
-        table = np.zeros((256 + len(special), match.embedding), np.float16)
-        np.save(folder / "embed.npy", table)
-    if match.tokens is None:
-        return
-    width, height = match.sizes[0]
-    tokens = match.tokens.of(width, height)
-    published.rknn(
-        folder / "vision.rknn",
-        tree=published.trailer(
-            [("pixel", [1, 3, height, width])],
-            [(f"out{i}", [tokens, match.embedding]) for i in range(match.outputs)],
-        )
-        | {"npusim": {"width": width, "height": height, "tokens": tokens,
-                      "embed": match.embedding, "outputs": match.outputs, "batched": False}},
-    )  # fmt: skip
-
-
-ENDS = (
-    "<|im_end|>",
-    "<end_of_utterance>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<end_of_turn>",
-    "<turn|>",
-    "</s>",
-)
+        words = 256 + len(template.manifest["special_strings"])
+        downloads.arrays(folder, embed=np.zeros((words, match.embedding), np.float16))
+    if match.tokens is not None:
+        width, height = match.sizes[0]
+        downloads.encoder(folder, template, width, height, match.tokens.of(width, height))
 
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     folder = tmp_path_factory.mktemp("board")
-    sim = Sim(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in list(os.environ):
-            if name.startswith("NPUSIM_"):
-                patch.delenv(name)
-        for name, value in sim.environ.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", f"{PYTHON}:{os.environ.get('PYTHONPATH', '')}")
-        (folder / "models").mkdir()
+
+    def install(into: Path) -> None:
         for name in (*MODELS, *TEXT):
             download(folder / "downloads" / name, CATALOGUE[name])
-            argv = ["import", str(folder / "downloads" / name), "--models", str(folder / "models")]
+            argv = ["import", str(folder / "downloads" / name), "--models", str(into)]
             assert main(["--json", *argv]) == 0
-        library = compiler.library("1.3.0")
-        config = f'[npu]\nlibrary = "{library}"\nsoc = "rk3588"\n[models]\ndemo = false\n'
-        config += f"[media]\nmax_frames = {FRAMES}\n"
-        with running(folder, folder / "models", config=config) as daemon:
-            yield Board(daemon, sim)
-            assert daemon.stop() == 0
-            assert not sim.trace("misuse")
+
+    with downloads.serving(folder, install, config=[f"[media]\nmax_frames = {FRAMES}"]) as made:
+        yield made
 
 
 def sums(template: Template, *colours: tuple[int, int, int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 from tests.e2e.daemon import Daemon, png, running
 from tests.fakes import videos
 from tests.npusim import compiler, folders
-from tests.npusim.fixture import PYTHON, Sim
+from tests.npusim.fixture import Sim
+from tests.npusim.house import plug_in
 
 pytestmark = pytest.mark.process
 FRAMES = 3
@@ -24,13 +24,7 @@ FRAMES = 3
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Sim, Daemon]]:
     """A daemon with two libraries; the models differ in the one that they want."""
     with pytest.MonkeyPatch.context() as patch:
-        sim = Sim(tmp_path_factory.mktemp("sim"))
-        for name in list(os.environ):
-            if name.startswith("NPUSIM_"):
-                patch.delenv(name)
-        for name, value in sim.environ.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", f"{PYTHON}:{os.environ.get('PYTHONPATH', '')}")
+        sim = plug_in(tmp_path_factory.mktemp("sim"), patch)
         libraries = sim.folder / "libraries"
         libraries.mkdir()
         for version in ("1.2.3", "1.3.0"):

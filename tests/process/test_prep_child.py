@@ -6,6 +6,8 @@ import base64
 import hashlib
 import io
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import trio
 from PIL import Image
 
+from rkvlmd.actors.blobs import Blob
+from rkvlmd.actors.prep import Prep
 from rkvlmd.engine import memfd, pictures, resample
 from rkvlmd.models.manifest import Decoder, Encoder, File, Manifest, Patches, Resize, Tags
 from rkvlmd.wire import child
 from tests.fakes.engine_child import Process, started
-from tests.fakes.scripted import make_model
+from tests.fakes.scripted import make_model, settings_for
 
 pytestmark = pytest.mark.process
 
@@ -74,6 +79,24 @@ def test_a_picture(prep: Process, encoding: Any, exact: bool) -> None:
     limits = pictures.Limits(1 << 20, 1 << 20, 1, 1000)
     wanted = pictures.prepare(data, ENCODER, limits, exact=exact).tensor
     assert np.array_equal(prep.array(fds[0], done.views[0].tensor), wanted)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "base64"])
+def test_a_picture_that_is_known_is_not_decoded(prep: Process, encoding: Any) -> None:
+    data = png()
+    sha256 = hashlib.sha256(data).hexdigest()
+    source = data if encoding == "raw" else base64.encodebytes(data)
+    prep.send(order(3, encoding=encoding, known=["0" * 64, sha256]), [memfd.create(source)])
+    done, fds = prep.until(child.PictureDone)
+    assert (done.sha256, done.views, fds) == (sha256, [], [])
+    # Not even looked at: this one no decoder would take.
+    broken = data[:40]
+    known = [hashlib.sha256(broken).hexdigest()]
+    prep.send(order(4, known=known), [memfd.create(broken)])
+    assert prep.until(child.PictureDone)[0].sha256 == known[0]
+    prep.send(order(5, encoding=encoding, known=known), [memfd.create(source)])
+    done, fds = prep.until(child.PictureDone)
+    assert len(done.views) == len(fds) == 1
 
 
 def test_a_picture_of_several_views(prep: Process) -> None:
@@ -198,6 +221,52 @@ def test_faults_on_demand(kind: str) -> None:
             assert process.until(child.Failed)[0].code == "engine_error"
 
 
+def _mapped(pid: int, *libraries: str) -> list[bool]:
+    maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+    return [library in maps for library in libraries]
+
+
+def test_a_child_for_pictures_loads_no_tokenizer_before_a_prompt(tmp_path: Path) -> None:
+    with started("prep", "--warm", "pictures") as process:
+        process.hello()
+        process.send(order(1), [memfd.create(png())])
+        process.until(child.PictureDone)
+        assert _mapped(process.popen.pid, "PIL", "tokenizers") == [True, False]
+        folder = make_model(tmp_path)
+        manifest = msgspec.json.decode((folder / "rkvlm.json").read_bytes())
+        turns = [{"role": "user", "parts": [{"text": "hi"}]}]
+        process.send(
+            child.Render(id=2, folder=str(folder), manifest=manifest, turns=turns, pictures=[])
+        )
+        process.until(child.RenderDone)
+        assert _mapped(process.popen.pid, "PIL", "tokenizers") == [True, True]
+
+
+def test_freed_memory_goes_back() -> None:
+    """What one order frees is not kept for the next; only a tenth of it may stay."""
+    program = """
+import sys
+from rkvlmd.engine import heap
+
+def anonymous():
+    with open("/proc/self/smaps_rollup") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+before = anonymous()
+pieces = [bytes(4096) for _ in range(8192)]
+kept, most = pieces[::512], anonymous()
+del pieces
+heap.trim()
+print(before, most, anonymous())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    before, most, after = map(int, run.stdout.split())
+    assert most - before > 30_000
+    assert after - before < (most - before) / 10
+
+
 def test_it_imports_no_engine() -> None:
     with started("prep") as process:
         process.hello()
@@ -206,3 +275,34 @@ def test_it_imports_no_engine() -> None:
         maps = Path(f"/proc/{process.popen.pid}/maps").read_text(encoding="utf-8")
         assert "onnxruntime" not in maps
         assert "PIL" in maps
+
+
+async def test_one_child_of_two_has_the_tokenizer(tmp_path: Path) -> None:
+    folder = make_model(tmp_path)
+    manifest = msgspec.json.decode((folder / "rkvlm.json").read_bytes())
+    turns = [{"role": "user", "parts": [{"text": "hi"}]}]
+    pool = Prep(settings_for(tmp_path, prep={"prompt_wait_seconds": 60.0}))
+
+    async def picture() -> None:
+        source = Blob(memfd.create(png()))
+        _, blobs = await pool.do(order, [source], expect=child.PictureDone)
+        for blob in blobs:
+            blob.close()
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(pool.run)
+            for _ in range(3):
+                async with trio.open_nursery() as both:
+                    both.start_soon(picture)
+                    both.start_soon(picture)
+                await pool.do(
+                    lambda number: child.Render(
+                        id=number, folder=str(folder), manifest=manifest, turns=turns, pictures=[]
+                    ),
+                    [],
+                    expect=child.RenderDone,
+                )
+            have = {name: _mapped(c.pid, "tokenizers") for name, c in pool.children.items()}
+            nursery.cancel_scope.cancel()
+    assert have == {"prep:1": [True], "prep:2": [False]}

@@ -75,6 +75,30 @@ async def test_a_picture_of_three_views_and_two_encoders(tmp_path: Path) -> None
     assert Blob.live == 0
 
 
+async def test_all_views_of_a_picture_as_one_block(tmp_path: Path) -> None:
+    """As DeepSeek-OCR reads them: the CPU engine's children assemble them too."""
+    folder = make_model(tmp_path / "models")
+    two_encoders(folder)
+    encoders = json.loads((folder / "rkvlm.json").read_text())["encoders"]
+    encoders[0] |= {"tokens": 7}
+    encoders[1] |= {"tokens": 3}
+    change(folder, encoders=encoders, assembly={"square": 8})
+    async with open_house(tmp_path, scripts=Scripts({}, {"mode": "echo"}, {})) as house:
+        with trio.fail_after(60):
+            text, end = await collect(submit(house, ask(40, 20)))
+            # Two tiles of one row each, a line's end, and the whole with 2 x 3 rows and an end.
+            assert text.startswith("pictures=1 "), end
+            assert end.usage.image_tokens == 3 + 7
+            assert house.tools.cache.misses == 3
+            again, _ = await collect(submit(house, ask(40, 20)))
+            assert again == text
+            assert house.tools.cache.hits == 3
+            low, end = await collect(submit(house, ask(40, 20, detail="low")))
+            assert low.startswith("pictures=1 ")
+            assert end.usage.image_tokens == 7
+    assert Blob.live == 0
+
+
 async def test_pictures_of_any_size_in_patches(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "models")
     manifest = json.loads((folder / "rkvlm.json").read_text())

@@ -12,7 +12,7 @@ for needed in ("numpy", "onnx", "onnxruntime", "tokenizers"):
     pytest.importorskip(needed)
 
 from tests.fakes.tiny_model import make_model  # noqa: E402
-from tools.benchlib import cli, figures  # noqa: E402
+from tools.benchlib import cli, figures, jpeg  # noqa: E402
 
 pytestmark = pytest.mark.process
 
@@ -52,6 +52,17 @@ def test_first_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     make_model(tmp_path / "models" / "tiny", name="tiny")
     report = run(capsys, "first-token", "--repeats", "2", "--models", str(tmp_path / "models"))
     assert report["figures"][0]["detail"]["runs"] == 2
+
+
+def test_jpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(jpeg, "WIDTH", 1000)
+    monkeypatch.setattr(jpeg, "HEIGHT", 750)
+    monkeypatch.setattr(jpeg, "SIDES", (224,))
+    speed, mean, largest = run(capsys, "jpeg", "--repeats", "1")["figures"]
+    assert (speed["target"], mean["target"], largest["target"]) == ("at least 3 x", None, None)
+    # Decoded at half the size: nearly the same pixels, and not the very same.
+    assert mean["unit"] == largest["unit"] == "of 255"
+    assert 0 < mean["value"] < 2 < largest["value"] < 60
 
 
 def test_what_cannot_be_measured_is_named(

@@ -17,7 +17,7 @@ import pytest
 
 from rkvlmd.board import libraries
 from tests.npusim import compiler
-from tools.emulated import build
+from tools.emulated import build, cli
 
 pytestmark = pytest.mark.process
 
@@ -209,6 +209,48 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines].count("old") == 1
     with pytest.raises(build.BoardError, match="false ended with 1"):
         shop.run("false")
+
+
+def test_the_disk_that_it_takes_is_told_by_part(tmp_path: Path) -> None:
+    shop = build.Workshop(tmp_path / "board", lambda _line: None)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    files = {
+        outside / "large": 9_000_000,
+        shop.folder / "toolkit" / "lib" / "python3.11" / "site-packages" / "torch" / "a": 7_000_000,
+        shop.folder
+        / "toolkit"
+        / "lib"
+        / "python3.11"
+        / "site-packages"
+        / "nvidia"
+        / "b": 6_000_000,
+        shop.folder / "toolkit" / "lib" / "python3.11" / "site-packages" / "numpy" / "c": 8_000_000,
+        shop.root / "var" / "cache" / "apt" / "archives" / "d.deb": 500_000,
+        shop.root / "usr" / "e": 2_000_000,
+        shop.log: 300_000,
+    }
+    for path, size in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(size))
+    (shop.root / "usr" / "again").hardlink_to(shop.root / "usr" / "e")
+    (shop.root / "elsewhere").symlink_to(outside)
+    sizes = shop.sizes()
+    expected = {
+        "in all": 23_800_000, "torch": 13_000_000, "toolkit": 8_000_000, "root": 2_000_000,
+        "packages": 500_000,
+    }  # fmt: skip
+    assert list(sizes) == list(expected)
+    # Blocks and the folders themselves come on top.
+    for name, size in expected.items():
+        assert size <= sizes[name] < size + 120_000, name
+    assert cli.told(sizes) == "disk: in all 0.02 GB: torch 0.01 GB, toolkit 0.01 GB"
+
+
+def test_nothing_built_takes_nothing(tmp_path: Path) -> None:
+    shop = build.Workshop(tmp_path / "board", lambda _line: None)
+    assert set(shop.sizes()) == {"in all"}
+    assert build.disk_bytes(tmp_path / "nothing") == 0
 
 
 def test_help_needs_nothing() -> None:

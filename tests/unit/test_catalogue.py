@@ -27,8 +27,8 @@ EVERY = pytest.mark.parametrize("template", CATALOGUE.values(), ids=list(CATALOG
 WANTED = {
     "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "qwen3-vl-4b", "qwen3.5-0.8b", "qwen3.5-2b",
     "internvl3-1b", "internvl3.5-1b", "smolvlm-256m", "smolvlm-500m", "smolvlm2-256m",
-    "smolvlm2-500m", "deepseek-ocr", "minicpm-v-2.6", "janus-pro-1b", "gemma3-4b", "gemma3n-e2b",
-    "gemma4-e2b", "fastvlm-0.5b", "llava-1.5-7b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b",
+    "smolvlm2-500m", "internvl3-1b-tiles", "internvl3.5-1b-tiles", "deepseek-ocr", "deepseek-ocr-tiles", "minicpm-v-2.6", "minicpm-v-2.6-slices", "janus-pro-1b", "gemma3-4b", "gemma3n-e2b",
+    "clip-vit-base-patch32", "clip-vit-large-patch14", "gemma4-e2b", "fastvlm-0.5b", "llava-1.5-7b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b",
 }  # fmt: skip
 
 
@@ -54,17 +54,23 @@ def parts(template: Template, engine: str) -> Parts:
     towers: tuple[Tower, ...] = ()
     if template.match.tokens is not None:
         made = tower(template, "rknn" if npu else "onnx")
+        tile = template.match.tile
         # A published ONNX encoder leaves its sizes open.
         towers = (made if npu else replace(made, width=None, height=None, tokens=None),)
+        towers += (tower(template, size=tile),) if tile else ()
     known = template.known(engine)
     special = {text: i for i, text in enumerate(known.get("special_strings", ()))}
     npu_files = {"model": "a.rkllm", "embed": "embed.npy"}
+    onnx_files = {"embed": "e.onnx", "decoder": "d.onnx"}
+    if template.family == "clip":
+        onnx_files = {"text": "t.onnx"}
     return Parts(
-        decoder=npu_files if npu else {"embed": "e.onnx", "decoder": "d.onnx"},
+        decoder=npu_files if npu else onnx_files,
         towers=towers,
         text=Text("tokenizer.json", special, "chat_template.jinja"),
-        longest=32768,
+        longest=77 if template.family == "clip" else 32768,
         context=None,
+        outputs=("logits", "hidden_states"),
     )
 
 
@@ -114,6 +120,32 @@ def test_a_value_without_a_source_is_refused(template: Template) -> None:
     tree["manifest"]["video_frames"] = 9
     with pytest.raises(ManifestError, match=r"video_frames: has no source, and is not listed"):
         templates.parse(json.dumps(tree).encode(), template.model)
+
+
+@EVERY
+def test_every_model_says_of_what_it_makes_embeddings(template: Template) -> None:
+    how = template.manifest["embeddings"]
+    assert "embeddings" in template.manifest["capabilities"]
+    assert ("image" in how["inputs"]) == (template.match.tokens is not None)
+    # Only CLIP was trained for it; nobody has seen hidden states of the others on a board.
+    assert how.get("trained", False) == (template.family == "clip")
+    assert ("npu.embeddings.inputs" in template.unverified) == ("rkllm" in template.engines())
+    if template.family != "clip":
+        # The last token of a causal decoder alone has seen the whole input.
+        assert how["pool"] == "last"
+
+
+@EVERY
+def test_states_that_no_file_gives_are_not_promised(template: Template) -> None:
+    if "onnx" not in template.engines() or template.family == "clip":
+        return
+    for outputs in ((), ("logits",)):
+        silent = replace(parts(template, "onnx"), outputs=outputs)
+        made = placing.check(building.build(template, "x", silent, digest)[0])
+        assert made.embeddings is None
+        assert "embeddings" not in made.capabilities
+    made = placing.check(building.build(template, "x", parts(template, "onnx"), digest)[0])
+    assert made.embeddings is not None
 
 
 @EVERY
@@ -175,7 +207,8 @@ def test_the_catalogue_is_found_where_it_is_installed(
 # --- which model it is ----------------------------------------------------------------
 
 NPU = [t for t in CATALOGUE.values() if "rkllm" in t.engines()]
-SEEING = [t for t in NPU if t.match.tokens is not None]
+SEEING = [t for t in NPU if t.match.tokens is not None and not t.variant_of]
+VARIANTS = [t for t in NPU if t.variant_of]
 
 
 @pytest.mark.parametrize("template", SEEING, ids=lambda t: t.model)
@@ -183,7 +216,7 @@ def test_what_the_encoder_says_is_enough_or_names_decide(template: Template) -> 
     """Each model is found by its own files; where another looks the same, a name is needed."""
     files = Folder("download", (tower(template),), ("language.rkllm",))
     found = choose(NPU, files)
-    alike = [t.model for t in NPU if not judge(t, files).wrong and t.match.tokens is not None]
+    alike = [t.model for t in SEEING if not judge(t, files).wrong]
     if len(alike) == 1:
         assert found.chosen is not None
         assert found.chosen.template is template
@@ -273,6 +306,62 @@ def test_family_and_model_are_the_owners_word() -> None:
     assert choose(NPU, alike, model="smolvlm2-256m").chosen is not None
 
 
+@pytest.mark.parametrize("template", VARIANTS, ids=lambda t: t.model)
+def test_a_variant_is_taken_only_by_name(template: Template) -> None:
+    usual = CATALOGUE[template.variant_of]
+    assert (usual.family, usual.checkpoint) == (template.family, template.checkpoint)
+    assert usual.manifest == template.manifest  # what engines change apart
+    files = Folder(template.model, (tower(template),), (f"{template.model}.rkllm",))
+    for family in (None, template.family):
+        found = choose(NPU, files, family=family).chosen
+        assert found is not None
+        assert found.template is usual
+    named = choose(NPU, files, model=template.model).chosen
+    assert named is not None
+    assert named.template is template
+    for kind in usual.match.model_types:
+        known = msgspec.structs.replace(template, match=usual.match)
+        alike = by_config([known, usual], Folder("x", config={"model_type": kind}))[1]
+        assert alike == [usual]
+
+
+def test_the_two_encoders_of_tiles_know_their_parts() -> None:
+    template = CATALOGUE["deepseek-ocr-tiles"]
+    given = replace(parts(template, "npu"), separators="separators.npy")
+    for order in (given.towers, given.towers[::-1]):
+        tree, _ = building.build(template, "x", replace(given, towers=order), digest)
+        made = placing.check(tree)
+        whole, tile = sorted(made.encoders, key=lambda e: e.tile)
+        assert (whole.width, whole.tokens, whole.resize.rule) == (1024, 273, "base_tiles")
+        assert (tile.width, tile.tokens, tile.resize.rule) == (640, 111, "stretch")
+        assert made.assembly is not None
+        assert manifest.files(made)["assembly.rows"].file == "separators.npy"
+    # Encoders of other exports, without the rows between lines, need the file.
+    bare = tuple(replace(t, tokens=(t.width or 0) ** 2 // 64**2) for t in given.towers)
+    tree, _ = building.build(template, "x", replace(given, towers=bare), digest)
+    placing.check(tree)
+    tree, _ = building.build(template, "x", replace(given, towers=bare, separators=None), digest)
+    with pytest.raises(placing.CannotPlaceError, match=r"assembly\.rows: missing"):
+        placing.check(tree)
+    tree, _ = building.build(template, "x", replace(given, towers=given.towers[:1]), digest)
+    with pytest.raises(placing.CannotPlaceError, match="needs an encoder with tile = true"):
+        placing.check(tree)
+
+
+def test_slices_need_rows_in_place_of_text() -> None:
+    """``<image>`` before the whole picture is a word of the model, and a place for the library."""
+    template = CATALOGUE["minicpm-v-2.6-slices"]
+    given = parts(template, "npu")
+    tree, _ = building.build(template, "x", given, digest)
+    assert placing.check(tree).decoder.input == "embeddings"
+    text = replace(given, decoder={"model": "a.rkllm"})
+    tree, _ = building.build(template, "x", text, digest)
+    tree["image"] |= {"start": "", "end": ""}
+    with pytest.raises(placing.CannotPlaceError, match="it writes <image> before") as caught:
+        placing.check(tree)
+    assert "embed.npy" in caught.value.message
+
+
 def picked(config: dict[str, Any], hidden: int | None) -> tuple[Candidate | None, list[Template]]:
     return by_config(CATALOGUE.values(), Folder("x", config=config, hidden=hidden))
 
@@ -343,7 +432,9 @@ def test_a_decoder_alone_takes_text() -> None:
     placed = placing.check(made)
     assert placed.encoders == ()
     assert placed.image is None
-    assert placed.capabilities == ()
+    assert placed.capabilities == ("embeddings",)
+    assert placed.embeddings is not None
+    assert placed.embeddings.inputs == ("text",)
 
 
 # --- the values are those that are compared with the published processors ----------------

@@ -163,6 +163,24 @@ def test_another_models_folder_is_not_written_over(
     assert listed(models)["qwen3-vl-2b"].manifest.encoders[0].width == 448
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_with_the_tags_of_thoughts_makes_a_model_that_thinks(
+    file: str, tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, template, thinks in (
+        ("yes", "{{ messages }}<think>{% if no %}</think>{% endif %}", True),
+        ("no", "{{ messages }}</think>", False),
+    ):
+        source = qwen3(tmp_path / name)
+        text = template if file.endswith("jinja") else json.dumps({"chat_template": template})
+        (source / file).write_text(text)
+        run(capsys, "import", source, "--models", models, "--as", name)
+        made = listed(models)[name].manifest
+        assert (made.thinking is not None, "thinking" in made.capabilities) == (thinks, thinks)
+    assert run(capsys, "show", "yes", "--models", models)[1]["thinking"] == {"unasked": None}
+    assert run(capsys, "show", "no", "--models", models)[1]["thinking"] is None
+
+
 def test_tokenizer_and_template_of_the_folder_are_used(
     tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,7 +346,7 @@ def test_a_table_of_embeddings_is_used_where_the_model_takes_rows(
         (["a.rknn"], "the decoder (.rkllm) is missing; found .rknn: a.rknn"),
         (["model.safetensors"], "a checkpoint that is not converted"),
         (["model.onnx"], "none of the published parts"),
-        (["a.rkllm", "b.rkllm"], "more than one decoder: a.rkllm, b.rkllm"),
+        (["a.rkllm", "b.rkllm"], "more than one decoder: a.rkllm (9 B), b.rkllm (9 B)"),
         (["a.rkllm", "a.rknn"], "a.rknn: is no .rknn file"),
     ],
 )

@@ -52,6 +52,14 @@ SAMPLES: list[child.ToChild | child.FromChild] = [
         max_aspect=1,
         fds=1,
     ),
+    child.Frames(
+        id=1,
+        manifest={},
+        size=(2, 2),
+        max_bytes=1,
+        max_pixels=1,
+        fds=2,
+    ),
     child.Video(
         id=1,
         encoding="frames",

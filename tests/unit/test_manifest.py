@@ -73,6 +73,17 @@ def test_digest_changes_with_everything_that_is_said() -> None:
     )
 
 
+def test_thinking_needs_tags_that_can_be_told_apart() -> None:
+    assert parse(tree(thinking={}, capabilities=["thinking"])).thinking == manifest.Thinking()
+    for built in (tree(thinking={}), tree(capabilities=["thinking"])):
+        assert any(p.startswith("thinking:") for p in problems(built))
+    for start, end in (("<t>", "<t>"), ("<t>", "a<t>"), ("<t>a", "<t>")):
+        built = tree(thinking={"start": start, "end": end}, capabilities=["thinking"])
+        assert any(p.startswith("thinking.start") for p in problems(built))
+    for tag in ("", "x" * 65):
+        assert problems(tree(thinking={"start": tag}, capabilities=["thinking"]))
+
+
 # --- the shape -------------------------------------------------------------------------
 
 
@@ -96,6 +107,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 FULL: dict[str, Any] = json.loads(json.dumps(manifest.to_builtins(parse(tree()))))
 FULL["decoder"]["embed_flash"] = True  # where the default is null, true would be right
+FULL["defaults"]["enable_thinking"] = True
 
 
 @pytest.mark.parametrize("path", places(FULL), ids=lambda p: ".".join(map(str, p)))

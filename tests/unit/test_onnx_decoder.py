@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -16,6 +17,7 @@ from rkvlmd.engine.onnx_decoder import OnnxDecoder
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
 from rkvlmd.wire import child, prefix
+from rkvlmd.wire.thinking import Thinking
 from tests.fakes import tiny_model
 
 CONTEXT = 300
@@ -170,6 +172,16 @@ def test_a_stop_id_ends_the_answer_and_is_not_counted(folder: Path) -> None:
     assert len(answer.said) == 3
 
 
+def test_tags_of_thoughts_are_shown_even_where_they_are_special_tokens(folder: Path) -> None:
+    made = manifests.parse((folder / manifests.FILE).read_bytes())
+    first, second, *_ = tiny_model.SPECIALS
+    tags = manifests.Thinking(start=first, end=second)
+    hidden = onnx_decoder._open_vocabulary(folder, made)
+    shown = onnx_decoder._open_vocabulary(folder, msgspec.structs.replace(made, thinking=tags))
+    ids = {hidden.tokenizer.token_to_id(tag) for tag in (first, second)}
+    assert hidden.special - shown.special == ids
+
+
 def test_a_stop_string_ends_the_answer_before_it(decoder: OnnxDecoder) -> None:
     whole = ask(decoder, PROMPT, max_tokens=30).text
     stop = whole[6:9]
@@ -177,6 +189,10 @@ def test_a_stop_string_ends_the_answer_before_it(decoder: OnnxDecoder) -> None:
     assert answer.text == whole[: whole.index(stop)]
     assert answer.done.reason == "stop"
     assert answer.done.completion < 30
+    # Thoughts are no answer.
+    thinking = Thinking(start="<think>", end="</think>", opened=True)
+    answer = ask(decoder, PROMPT, max_tokens=30, stop=[stop], thinking=thinking)
+    assert (answer.text, answer.done.reason) == (whole, "length")
 
 
 def test_text_that_was_held_back_comes_out_at_the_end(folder: Path, decoder: OnnxDecoder) -> None:

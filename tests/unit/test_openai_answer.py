@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import ModelState, ModelView, Timings, Usage
@@ -79,6 +80,25 @@ def test_a_whole_answer() -> None:
     ]
 
 
+def test_thoughts_go_under_both_names_and_the_content_is_a_string() -> None:
+    chunk = json.loads(answer().thought('hm "\n').removeprefix(b"data: "))
+    assert chunk["choices"] == [
+        {
+            "index": 0,
+            "delta": {"reasoning_content": 'hm "\n', "reasoning": 'hm "\n'},
+            "finish_reason": None,
+            "logprobs": None,
+        }
+    ]
+    usage = Usage(completion_tokens=9, reasoning_tokens=7)
+    whole = json.loads(answer().whole("", "length", usage, Timings(), "hm\u2028"))
+    assert whole["choices"][0]["message"] == {
+        "role": "assistant", "content": "", "refusal": None, "reasoning_content": "hm\u2028",
+        "reasoning": "hm\u2028",
+    }  # fmt: skip
+    assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 7}
+
+
 def test_an_error() -> None:
     error = RkvlmdError("image_too_large", "Too large.", param="messages[0].content[1].image_url")
     assert json.loads(error_body(error)) == {
@@ -104,5 +124,21 @@ def test_models() -> None:
         "aliases": [],
         "meta": {"n_ctx": 4096},
         "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "capabilities": ["completion"],
     }
+    able = replace(view, image=True, makes=("text", "embeddings"), thinking=True)
+    assert model_card(able)["capabilities"] == ["completion", "embedding", "vision", "thinking"]
     assert model_list([]) == {"object": "list", "data": []}
+
+
+def test_every_answer_says_how_long_each_stage_took() -> None:
+    names = (
+        "queue", "fetch", "decode_image", "prepare", "load", "encode", "prefill", "first_token",
+        "generate", "total",
+    )  # fmt: skip
+    took = Timings(**{name: number + 0.25 for number, name in enumerate(names)})
+    events = answer().finish("stop", USAGE, took).decode().split("\n\n")
+    last = json.loads(events[0].removeprefix("data: "))
+    whole = json.loads(answer().whole("x", "stop", USAGE, took))
+    for said in (last["timings"], whole["timings"]):
+        assert said == {name: number + 0.25 for number, name in enumerate(names)}

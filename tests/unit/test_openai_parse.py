@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,36 +11,9 @@ from hypothesis import strategies as st
 
 from rkvlmd.errors import CODES, RkvlmdError
 from rkvlmd.messages import ChatRequest, PicturePart, Sampling, TextPart, Turn
-from rkvlmd.settings import Settings
 from rkvlmd.wire.openai import parse_chat
 from rkvlmd.wire.openai_params import IGNORED, MOST_UNKNOWN, READ, SILENT, UNSUPPORTED
-
-SETTINGS = Settings()
-REMOTE = replace(SETTINGS, media=replace(SETTINGS.media, remote=True))
-PNG = "iVBORw0KGgo" + "A" * 80
-URI = f"data:image/png;base64,{PNG}"
-
-
-def parse(body: Any, settings: Settings = SETTINGS) -> ChatRequest:
-    return parse_chat(json.dumps(body).encode(), settings)
-
-
-def with_options(**options: Any) -> ChatRequest:
-    return parse({"messages": [{"role": "user", "content": "hi"}], **options})
-
-
-def message(content: Any, settings: Settings = SETTINGS, **more: Any) -> ChatRequest:
-    return parse({"messages": [{"role": "user", "content": content, **more}]}, settings)
-
-
-def refused(code: str, param: str | None, call: Any, *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(RkvlmdError) as caught:
-        call(*args, **kwargs)
-    error = caught.value
-    assert (error.code, error.param) == (code, param), error.message
-    assert error.status == 400
-    return error.message
-
+from tests.fakes.chat_bodies import PNG, REMOTE, URI, message, parse, refused, with_options
 
 # --- options -----------------------------------------------------------------------------
 
@@ -147,9 +119,9 @@ def test_unsupported_parameters_with_values_that_change_nothing() -> None:
 def test_ignored_silent_and_unknown_parameters() -> None:
     request = with_options(
         user="u", store=False, metadata={"a": "b"}, parallel_tool_calls=True, service_tier="auto",
-        chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low", zz=1, aa=[[]],
+        chat_template_kwargs={"other": False}, verbosity="low", zz=1, aa=[[]],
     )  # fmt: skip
-    assert request.ignored == ("chat_template_kwargs", "reasoning_effort")
+    assert request.ignored == ("chat_template_kwargs", "verbosity")
     assert request.unknown == ("aa", "zz")
     many = with_options(**{f"{i}" + "x" * 100: 1 for i in range(100)})
     assert len(many.unknown) == MOST_UNKNOWN

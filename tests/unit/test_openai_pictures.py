@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import (
-    ChatRequest,
     PicturePart,
     PictureSource,
     TextPart,
     VideoPart,
     VideoSource,
 )
-from rkvlmd.settings import Settings
-from rkvlmd.wire.openai import parse_chat
-
-SETTINGS = Settings()
-REMOTE = replace(SETTINGS, media=replace(SETTINGS.media, remote=True))
-PNG = "iVBORw0KGgo" + "A" * 80
-URI = f"data:image/png;base64,{PNG}"
-
-
-def parse(body: Any, settings: Settings = SETTINGS) -> ChatRequest:
-    return parse_chat(json.dumps(body).encode(), settings)
-
-
-def message(content: Any, settings: Settings = SETTINGS, **more: Any) -> ChatRequest:
-    return parse({"messages": [{"role": "user", "content": content, **more}]}, settings)
-
-
-def refused(code: str, param: str | None, call: Any, *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(RkvlmdError) as caught:
-        call(*args, **kwargs)
-    error = caught.value
-    assert (error.code, error.param) == (code, param), error.message
-    assert error.status == 400
-    return error.message
+from tests.fakes.chat_bodies import PNG, REMOTE, SETTINGS, URI, message, parse, refused
 
 
 @pytest.mark.parametrize(

@@ -300,44 +300,42 @@ def test_the_fast_path_of_every_rule(rule: str, size: tuple[int, int]) -> None:
         assert difference.max() < most
 
 
+@pytest.fixture
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The size of each picture as it came out of the decoder."""
+    sizes = []
+    real = pictures._to_rgb
+
+    def spy(image: Image.Image, *, deep: bool) -> Image.Image:
+        sizes.append(image.size)
+        return real(image, deep=deep)
+
+    monkeypatch.setattr(pictures, "_to_rgb", spy)
+    return sizes
+
+
 @pytest.mark.parametrize(
     ("size", "target", "scale"),
     [((800, 600), 100, 2), ((800, 800), 100, 4), ((1600, 1600), 100, 8), ((399, 900), 200, 1)],
 )
 def test_the_largest_reduction_that_leaves_twice_the_target(
-    size: tuple[int, int], target: int, scale: int, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], target: int, scale: int, decoded_sizes: list[tuple[int, int]]
 ) -> None:
-    sizes = []
-    real = pictures._to_rgb
-
-    def spy(image: Image.Image, *, deep: bool) -> Image.Image:
-        sizes.append(image.size)
-        return real(image, deep=deep)
-
-    monkeypatch.setattr(pictures, "_to_rgb", spy)
     data = file(Image.new("RGB", size, RED), "JPEG")
     limits = pictures.Limits(1 << 20, 4_000_000, 2, 200)
     prepared = pictures.prepare(data, encoder(target, target), limits)
     assert (prepared.width, prepared.height) == size
-    assert sizes == [tuple(-(-n // scale) for n in size)]
-    assert all(n >= 2 * target for n in sizes[0]) or scale == 1
+    assert decoded_sizes == [tuple(-(-n // scale) for n in size)]
+    assert all(n >= 2 * target for n in decoded_sizes[0]) or scale == 1
     pictures.prepare(data, encoder(target, target), limits, exact=True)
-    assert sizes[1] == size
+    assert decoded_sizes[1] == size
 
 
 @pytest.mark.parametrize(("side", "scale"), [(1690, 1), (1710, 2), (3420, 4)])
 def test_the_reduction_for_a_large_target(
-    side: int, scale: int, monkeypatch: pytest.MonkeyPatch
+    side: int, scale: int, decoded_sizes: list[tuple[int, int]]
 ) -> None:
     """Four tiles of 448 pixels: at least 19/20 of 896 are decoded."""
-    sizes = []
-    real = pictures._to_rgb
-
-    def spy(image: Image.Image, *, deep: bool) -> Image.Image:
-        sizes.append(image.size)
-        return real(image, deep=deep)
-
-    monkeypatch.setattr(pictures, "_to_rgb", spy)
     to = encoder(448, 448, resize=Resize(rule="tiles", min_tiles=4, max_tiles=4))
 
     def planner(width: int, height: int) -> views.Plan:
@@ -348,7 +346,7 @@ def test_the_reduction_for_a_large_target(
     made = pictures.prepare_views(data, planner, (to,), LARGE)
     assert len(made.tensors) == 4
     decoded = -(-side // scale)
-    assert sizes == [(decoded, decoded)]
+    assert decoded_sizes == [(decoded, decoded)]
     assert decoded >= resample.LARGE_GAP * 896 or scale == 1
 
 

@@ -92,7 +92,8 @@ class Model:
         self, turns: list[dict[str, Any]], pictures: Sequence[int] = ()
     ) -> tuple[list[int], list[render.Span]]:
         laid = one_view(self.manifest, pictures)
-        return render.render(str(self.folder), self.manifest, turns, laid)
+        made = render.render(str(self.folder), self.manifest, turns, laid)
+        return made.tokens, made.spans
 
 
 @pytest.fixture

@@ -235,6 +235,16 @@ def test_the_probe_is_remembered(sim: Sim) -> None:
     assert [found["pictures_told_apart"] for found in kept.values()] == [True, True, True]
 
 
+def test_another_file_of_the_same_version_is_probed_anew(sim: Sim) -> None:
+    Bench(sim, "1.3.0")
+    runs = len(sim.trace("run"))
+    copy = sim.folder / "librkllmrt.so"
+    copy.write_bytes(Path(compiler.library("1.3.0")).read_bytes() + b"\0")
+    for _ in range(2):
+        Bench(sim, "1.3.0", options={"library": str(copy)})
+        assert len(sim.trace("run")) == 2 * runs
+
+
 @pytest.mark.parametrize("size", ["whole", "prompt", "zero"])
 def test_the_probe_says_what_no_document_does(
     sim: Sim, monkeypatch: pytest.MonkeyPatch, size: str
@@ -483,7 +493,7 @@ def test_sampling_of_each_request(sim: Sim, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.2.1", "1.2.3"])
-def test_sampling_before_1_3(sim: Sim, version: str) -> None:
+def test_sampling_before_1_3(sim: Sim, version: str, capfd: Any) -> None:
     defaults = {"temperature": 0.25, "top_k": 7, "repetition_penalty": 1.5}
     bench = Bench(sim, version, vision=False, defaults=defaults)
     start = sim.one("init")
@@ -493,7 +503,9 @@ def test_sampling_before_1_3(sim: Sim, version: str) -> None:
         "temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty",
         "presence_penalty",
     ]  # fmt: skip
+    capfd.readouterr()
     assert bench.ask("x", repetition_penalty=1.5)[1].ignored == ["temperature"]
+    assert "without effect on this RKLLM runtime: temperature\n" in capfd.readouterr().out
     strict = (
         Bench(sim, version, name="m", options={"sampling": "reject"})
         if version != "1.2.1"

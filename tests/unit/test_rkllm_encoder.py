@@ -180,6 +180,34 @@ def test_encodes_that_fail(sim: Sim, monkeypatch: pytest.MonkeyPatch, kind: str,
     assert encoder.encode(picture()).shape == (4, 64)
 
 
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_rows_go_where_they_are_wanted(sim: Sim, outputs: int) -> None:
+    encoder, _ = load(sim, outputs=outputs)
+    pixels = picture()
+    assert encoder.rows_shape == (folders.TOKENS, outputs * folders.EMBED)
+    place = np.full(encoder.rows_shape, -1, np.float32)
+    encoder.encode_into(pixels, None, lambda: place)
+    expected = models.rows_of(models.number_of(pixels), folders.TOKENS, folders.EMBED, outputs)
+    np.testing.assert_array_equal(place, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_is_found_anywhere(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    from rkvlmd.engine import rknn_encoder
+
+    monkeypatch.setattr(rknn_encoder, "_TOKENS", 3)  # the last step is a short one
+    encoder, _ = load(sim, outputs=2)
+    for output, token, column in ((0, 0, 0), (1, 2, 7), (0, 3, 15), (1, 3, 0)):
+        found = [np.ones((1, folders.TOKENS, folders.EMBED), np.float32) for _ in range(2)]
+        monkeypatch.setattr(encoder._lite, "inference", lambda found=found, **_: found)
+        assert encoder.encode(picture()).shape == (folders.TOKENS, 2 * folders.EMBED)
+        found[output][0, token, column] = value
+        with pytest.raises(RkvlmdError, match="not a number"):
+            encoder.encode(picture())
+
+
 @pytest.mark.parametrize(
     "pixels",
     [np.zeros((64, 64, 3), np.float32), np.zeros((64, 32, 3), np.uint8), np.zeros(10, np.uint8)],
@@ -226,4 +254,4 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     order = child.Load(folder=str(tmp_path / "m"), manifest=tree)
     sys.modules.pop("rkvlmd.engine.rknn_encoder", None)
     with pytest.raises(RkvlmdError, match=r"'rknnlite(\.api)?', which is not installed"):
-        EngineRole("encoder").work(order, [], lambda *_: None)
+        EngineRole("encoder").work(order, [], lambda *_, **_k: None)

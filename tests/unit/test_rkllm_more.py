@@ -122,6 +122,9 @@ def test_each_version_and_model_has_its_own(sim: Sim) -> None:
     Bench(sim, "1.3.1")
     Bench(sim, "1.3.1", name="n", vision=False, decoder={"prompt_cache": SYSTEM + "x"})
     assert len(list((sim.folder / rkllm_prompts.FOLDER).iterdir())) == 3
+    other = {"model": {"toolkit": "1.3.0"}, "decoder": {"prompt_cache": SYSTEM}}
+    Bench(sim, "1.3.1", name="o", vision=False, **other)
+    assert len(list((sim.folder / rkllm_prompts.FOLDER).iterdir())) == 4
 
 
 def test_prompt_caches_are_bounded(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,9 @@ def test_only_what_may_begin_a_stop_string_is_held_back(stops: list[str], text: 
         if matcher.stopped:
             return
         held = text[len(given_out) : i + 1]
-        assert not held or any(s.startswith(held) or held.find(s) >= 0 for s in stops if s)
+        # No letter more, no letter less: the longest end that begins a stop string.
+        ends = [text[at : i + 1] for at in range(i + 2)]
+        assert held == next(end for end in ends if any(s.startswith(end) for s in [*stops, ""]))
 
 
 def test_stops_in_the_middle_of_a_piece_and_says_nothing_more() -> None:

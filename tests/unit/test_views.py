@@ -74,7 +74,7 @@ def test_every_rule_keeps_its_bounds(rule: str, width: int, height: int, detail:
             assert place.height % entry.resize.multiple == 0
         else:
             assert (place.width, place.height) == (entry.width, entry.height)
-        if rule not in {"pad", "base_tiles"}:
+        if rule not in {"pad", "base_tiles", "slices of one size"}:
             # Nothing but these pads.
             assert 0 <= place.left <= sizes[-1][0] - place.width
             assert 0 <= place.top <= sizes[-1][1] - place.height
@@ -184,6 +184,27 @@ def test_layouts() -> None:
     assert text_of(views.plan(deep, 1280, 640).layout) == "<s>[0][1][2]</s>"
     assert [view.encoder for view in views.plan(deep, 1280, 640).views] == [1, 1, 0]
     assert text_of(views.plan(deep, 640, 640).layout) == "<s>[0]</s>"
+
+
+def test_a_rule_may_cut_for_high_detail_alone() -> None:
+    """On an NPU that takes seconds for each part, an owner wants that to be asked for."""
+    rule = Resize(rule="slices", max_tiles=9, cut_at="high")
+    mini = model(encoder(resize=rule), family="minicpmv", tags=Tags(content="<unk>"))
+    found = {d: len(views.plan(mini, 896, 896, d).views) for d in ("low", "auto", "high")}
+    assert found == {"low": 1, "auto": 1, "high": 5}
+    # What shows the whole picture is the same input in each case, and so are its rows.
+    assert (
+        views.plan(mini, 900, 400, "auto").views[0] == views.plan(mini, 900, 400, "high").views[0]
+    )
+
+
+def test_slices_of_one_size_pad_the_whole_and_stretch_the_parts() -> None:
+    cuts = geometry.cut(900, 400, encoder(resize=FIXED))
+    assert (cuts.columns, cuts.rows, cuts.whole) == (2, 1, 0)
+    whole, *parts = cuts.cuts
+    assert (whole.sizes, whole.place) == (((448, 199),), (0, -124, 448, 448))
+    assert [cut.place for cut in parts] == [(0, 0, 448, 448), (448, 0, 448, 448)]
+    assert {cut.sizes for cut in parts} == {((896, 448),)}
 
 
 def test_detail_chooses_among_the_encoders() -> None:

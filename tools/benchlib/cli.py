@@ -66,6 +66,16 @@ MEASURES: dict[str, tuple[Measure, str]] = {
     # Last: torch in the same process makes what comes after it slower.
     "decode-speed": (_decode_speed, "tokens per second of the CPU engine beside others"),
 }
+
+
+def _families_table(figures: list[Figure]) -> str:
+    from . import families
+
+    return families.table(figures)
+
+
+#: Figures whose Markdown is a table of their own, behind the others.
+APART: dict[str, Callable[[list[Figure]], str]] = {"families": _families_table}
 #: Largest number that an option takes.
 _MOST = 100_000
 
@@ -83,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         names = list(MEASURES) if args.command == "all" else [args.command]
         work = {name: partial(MEASURES[name][0], args) for name in names}
     report = _report(args)
+    apart: list[str] = []
     for name, measure in work.items():
         print(f"bench: {name} ...", file=sys.stderr, flush=True)
         try:
@@ -92,8 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         except BaseExceptionGroup as group:
             report["missing"][name] = _why(group)
         else:
-            report["figures"] += [figure.as_json() for figure in figures]
-    print(table(report) if args.markdown else json.dumps(report, indent=2))
+            if args.markdown and name in APART:
+                apart.append(APART[name](figures))
+            else:
+                report["figures"] += [figure.as_json() for figure in figures]
+    print("\n".join((table(report), *apart)) if args.markdown else json.dumps(report, indent=2))
     return 1 if report["missing"] else 0
 
 

@@ -87,13 +87,13 @@ def table(report: dict[str, Any]) -> str:
         f"Other programs used {machine['busy_before']:.0%} of the cores before the start."
         + (f" {report['note']}" if report["note"] else ""),
         "",
-        "| figure | value | target | met |",
-        "|---|---:|---|---|",
     ]
+    if report["figures"] or report["missing"]:
+        lines += ["| figure | value | target | met |", "|---|---:|---|---|"]
     words = {True: "yes", False: "no", None: ""}
     for figure in report["figures"]:
         value = f"{figure['value']:g} {figure['unit']}".strip()
         row = (figure["name"], value, figure["target"] or "", words[figure["met"]])
         lines.append("| " + " | ".join(row) + " |")
     lines += [f"| {name} | not measured: {why} | | |" for name, why in report["missing"].items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip("\n") + "\n"

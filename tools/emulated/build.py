@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -224,6 +225,25 @@ class Workshop:
                 raise BoardError(built.stderr[-2000:])
             shutil.copy(built.stdout.strip(), lib / "librkllmrt.so")
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes on disk of all that was built, largest first, after ``in all``.
+
+        ``torch`` with the libraries of CUDA that an index may add is told apart from ``toolkit``,
+        ``packages``, the Debian packages as downloaded, from ``root``.
+        """
+        found = {path.name: disk_bytes(path) for path in self.folder.iterdir() if path.is_dir()}
+        site = self.folder.glob("toolkit/lib/python*/site-packages/*")
+        inside = {
+            "torch": ("toolkit", [p for p in site if p.name in {"torch", "nvidia", "triton"}]),
+            "packages": ("root", [self.root / "var" / "cache" / "apt" / "archives"]),
+        }
+        whole = disk_bytes(self.folder)
+        for name, (outer, paths) in inside.items():
+            found[name] = sum(disk_bytes(path) for path in paths)
+            found[outer] = found.get(outer, 0) - found[name]
+        ordered = sorted(found.items(), key=lambda item: -item[1])
+        return {"in all": whole, **{name: size for name, size in ordered if size > 0}}
+
     def model(self, name: str, rknn: Path) -> None:
         """Write the demo model's folder for the board: its vision tower as ``.rknn``."""
         folder = self.root / "models" / name
@@ -260,6 +280,27 @@ class Workshop:
             "mean": [255 * value for value in encoder["mean"]],
             "std": [255 * value for value in encoder["std"]],
         }  # fmt: skip
+
+
+def disk_bytes(path: Path) -> int:
+    """Return the bytes that a file or folder takes on its disk: a file with two names counts once.
+
+    What links and mounts in it lead to is not in it.
+    """
+    if not os.path.lexists(path):
+        return 0
+    disk, seen, total = path.lstat().st_dev, set[int](), 0
+    waiting = [path]
+    while waiting:
+        here = waiting.pop()
+        about = here.lstat()
+        if about.st_dev != disk or about.st_ino in seen:
+            continue
+        seen.add(about.st_ino)
+        total += about.st_blocks * 512  # stat(2): the unit, whatever the file system's is
+        if stat.S_ISDIR(about.st_mode):
+            waiting += here.iterdir()
+    return total
 
 
 def mirror_of_apt() -> str:

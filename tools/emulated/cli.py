@@ -277,6 +277,7 @@ def work(arguments: argparse.Namespace) -> bool:
     say(f"answers as on the CPU engine: {same} of {len(cases)}")
     say(f"exactly right: {true} of {len(cases)} in the board, {true_cpu} on the CPU engine")
     say(f"{time.monotonic() - begin:7.1f} s  in all")
+    say(told(shop.sizes()))
     right = not strangers and len(arrived) > 0 and true >= true_cpu - max(1, len(cases) // 10)
     right = right and len(said) == 2
     if right:
@@ -286,6 +287,12 @@ def work(arguments: argparse.Namespace) -> bool:
     else:
         say(f"Something is wrong; the logs are in {shop.folder}.")
     return right
+
+
+def told(sizes: dict[str, int]) -> str:
+    """Return a line that says how much disk the board takes."""
+    whole, *parts = (f"{name} {size / 1e9:.2f} GB" for name, size in sizes.items() if size > 5e6)
+    return f"disk: {whole}: {', '.join(parts)}"
 
 
 def report_of(file: Path) -> str:
@@ -301,10 +308,11 @@ def main() -> int:
         prog="tools/emulated_board",
         description="The daemon on an emulated arm64 board with real aarch64 wheels, a real .rknn"
         " and the real rknn-toolkit-lite2. Needs root, qemu's user emulation, debootstrap and a"
-        " cross compiler (--set-up brings them with apt), the test extra of this project, 2.5 GB"
-        " of disk and the configured package indexes. What is built is kept.",
-        epilog="rknn-toolkit2 needs torch: with an index of CPU wheels configured for pip, that is"
-        " 200 MB, else some GB.",
+        " cross compiler (--set-up brings them with apt), the test extra of this project, some GB"
+        " of disk (the end says how many) and the configured package indexes. What is built is"
+        " kept.",
+        epilog="rknn-toolkit2 needs torch: an index of CPU wheels configured for pip spares the"
+        " libraries of CUDA, which are larger than all else.",
     )
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument(

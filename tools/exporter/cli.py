@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import clip
 from .families import FAMILIES
 from .folder import export
 from .weights import CheckpointError
@@ -16,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="export_onnx",
         description="Turn a Hugging Face checkpoint folder into a model folder of ONNX files.",
-        epilog="Known (model_type of config.json): " + ", ".join(sorted(FAMILIES)) + ".",
+        epilog="Known (model_type of config.json): "
+        + ", ".join(sorted([*FAMILIES, clip.KIND]))
+        + ".",
     )
     parser.add_argument("model", type=Path, help="checkpoint folder (config.json, safetensors)")
     parser.add_argument(

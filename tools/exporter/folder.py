@@ -11,9 +11,10 @@ from typing import Any
 
 import msgspec
 
+from rkvlmd.models import families
 from rkvlmd.models import manifest as manifests
 
-from . import llama
+from . import clip, llama
 from .families import FAMILIES, Eyes, Family, Wish, decoder
 from .graph import Precision
 from .llama import Attention
@@ -21,6 +22,8 @@ from .weights import CheckpointError, Weights, read_json
 
 VISION, EMBED, DECODER = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+#: What stands for a video in all Qwen models that see.
+VIDEO = "<|video_pad|>"
 
 
 def export(
@@ -47,6 +50,10 @@ def export(
 
     """
     config = read_json(source, "config.json")
+    if config.get("model_type") == clip.KIND:
+        if size or context:
+            raise CheckpointError("--size, --context: a CLIP has its own")
+        return _clip(source, out, config, name, description, precision)
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise CheckpointError(f"config.json: model_type {config.get('model_type')!r} is not known")
@@ -79,10 +86,43 @@ def export(
             embeddings=manifests.Embeddings(inputs=inputs, output=llama.HIDDEN),  # type: ignore[arg-type]
             capabilities=(*made.capabilities, "embeddings"),
         )
+    _write(out, made, name)
+    return made
+
+
+def _clip(
+    source: Path,
+    out: Path,
+    config: dict[str, Any],
+    name: str,
+    description: str,
+    precision: Precision,
+) -> manifests.Manifest:
+    """Write the folder of a CLIP: two towers, for embeddings alone."""
+    picture, weights = read_json(source, "preprocessor_config.json"), Weights(source)
+    if not (source / TOKENIZER).is_file():
+        raise CheckpointError(f"{TOKENIZER} is missing")
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / TOKENIZER, out / TOKENIZER)
+    graphs = clip.towers(config, weights, _eyes(precision))
+    data = {file: graph.save(out / file) for file, graph in graphs.items()}
+    added = read_json(source, TOKENIZER).get("added_tokens", [])
+    made = clip.manifest(
+        name,
+        description,
+        clip.described(config, picture),
+        {file: _file(out, file) for file in (*graphs, TOKENIZER)},
+        {file: [_file(out, path.name) for path in paths] for file, paths in data.items()},
+        [t["content"] for t in added if t.get("special")],
+    )
+    _write(out, made, name)
+    return made
+
+
+def _write(out: Path, made: manifests.Manifest, name: str) -> None:
     manifests.parse(msgspec.json.encode(made), name)
     text_form = json.dumps(_without_defaults(made), indent=2, ensure_ascii=False)
     (out / manifests.FILE).write_text(text_form + "\n", encoding="utf-8")
-    return made
 
 
 def _eyes(precision: Precision) -> Precision:
@@ -137,6 +177,8 @@ def _manifest(
     start, content, end = family.tags
     if encoders:
         _check_special(config, special, family)
+    video = _video(source, config, special, family, encoders)
+    can = ("image", "multi_image", *(("video",) if video is not None else ()))
     return manifests.Manifest(
         schema=1,
         name=name,
@@ -158,10 +200,38 @@ def _manifest(
         tokenizer=manifests.File(**_file(out, TOKENIZER)),
         template=manifests.File(**_file(out, TEMPLATE)),
         image=manifests.Tags(start=start, content=content, end=end) if encoders else None,
+        video=video,
         marker=family.marker or content or "<image>",
         special_strings=tuple(special),
         stop_ids=_stop_ids(source, config),
-        capabilities=("image", "multi_image") if encoders else (),
+        capabilities=can if encoders else (),  # type: ignore[arg-type]
+    )
+
+
+def _video(
+    source: Path,
+    config: dict[str, Any],
+    special: dict[str, int],
+    family: Family,
+    encoders: tuple[manifests.Encoder, ...],
+) -> manifests.Video | None:
+    """Return the tags of a video, for families whose patches are made of several frames."""
+    made = families.get(family.name).film is not None and encoders and encoders[0].patches
+    if not made or VIDEO not in special:
+        return None
+    said = read_json(source, "video_preprocessor_config.json", needed=False)
+    size = said.get("size") or {}
+    vision = config.get("vision_config", {})
+    return manifests.Video(
+        start=family.tags[0],
+        content=VIDEO,
+        end=family.tags[2],
+        min_pixels=int(said.get("min_pixels") or size.get("shortest_edge") or 0),
+        max_pixels=int(said.get("max_pixels") or size.get("longest_edge") or 0),
+        # transformers has 4 where the configuration of Qwen2.5-VL says nothing; others have none.
+        tokens_per_second=float(
+            vision.get("tokens_per_second", 4) if family.name == "qwen2_5_vl" else 0
+        ),
     )
 
 

@@ -118,11 +118,12 @@ def until(tower: Tower, layer: int) -> Tower:
     return replace(tower, keep=keep)
 
 
-def build(g: Graph, t: Tower, weights: Weights) -> str:
+def build(g: Graph, t: Tower, weights: Weights, *, whole: bool = False) -> str:
     """Add ``pixel_values`` (pictures, 3, side, side) and the tower.
 
     Returns the hidden states of the patches, (pictures, across x across,
-    hidden), without the token that stands for the whole picture.
+    hidden), without the token that stands for the whole picture; or that token
+    alone, (pictures, hidden), with ``whole``.
     """
     x = g.input("pixel_values", ["num_images", 3, t.side, t.side])
     x = _patches(g, t, weights, x)
@@ -130,9 +131,11 @@ def build(g: Graph, t: Tower, weights: Weights) -> str:
         x = _norm(g, t, weights, f"{t.root}.{t.names.before}", x)
     for i in range(t.keep):
         x = _layer(g, t, weights, f"{t.root}.{t.names.layer}.{i}", x)
+    if whole:
+        x = g.add("Gather", x, g.weight("first", np.array(0, np.int64)), axis=1)
     if t.names.after and t.keep == t.layers:
         x = _norm(g, t, weights, f"{t.root}.{t.names.after}", x)
-    if t.names.single:
+    if t.names.single and not whole:
         x = g.add("Slice", x, g.ints(1), g.ints(t.count), g.ints(1))
     return x
 

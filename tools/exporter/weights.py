@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
+    def ending(self, end: str) -> str | None:
+        """Return the first name, in order, that is ``end`` or ends with it after a dot."""
+        return next((n for n in sorted(self._found) if f".{n}".endswith(f".{end}")), None)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor that is there."""
+        return tuple(self._found[name][2])
+
+    def blocks(self, name: str, rows: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield a matrix in parts of some rows, each with the number of its first."""
+        raw, kind, (total, width) = self._found[name]
+        if kind not in TYPES:
+            raise CheckpointError(f"{name} has the type {kind}")
+        size = width * np.dtype(TYPES[kind]).itemsize
+        for start in range(0, total, rows):
+            part = raw[start * size : (start + rows) * size]
+            yield start, _floats(part, kind).reshape(-1, width)
+
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> npt.NDArray[np.float32]:
         """Return a tensor; ``shape`` is what the configuration says that it must be."""
         if name not in self._found:
@@ -75,7 +94,11 @@ class Weights:
             raise CheckpointError(f"{name} has the type {kind}")
         if shape is not None and tuple(size) != shape:
             raise CheckpointError(f"{name} has the shape {tuple(size)}, not {shape}")
-        values = np.frombuffer(raw.tobytes(), TYPES[kind])
-        if kind == "BF16":
-            values = (values.astype("<u4") << 16).view("<f4")
-        return values.astype(np.float32).reshape(size)
+        return _floats(raw, kind).reshape(size)
+
+
+def _floats(raw: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[np.float32]:
+    values = np.frombuffer(raw.tobytes(), TYPES[kind])
+    if kind == "BF16":
+        values = (values.astype("<u4") << 16).view("<f4")
+    return values.astype(np.float32)

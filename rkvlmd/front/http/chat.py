@@ -68,15 +68,19 @@ def _ignored(job: Job) -> list[tuple[bytes, bytes]]:
 async def _whole(exchange: Exchange, house: House, job: Job) -> None:
     answer = _answer(house, job)
     parts: list[str] = []
+    thoughts: list[str] = []
     end = None
     while end is None:
         text, end = await job.outbox.take()
         parts.append(text)
+        thoughts.append(job.outbox.thoughts())
     result = outcome(end, "nothing")
     if result.finish_reason is None:
         await refuse(exchange, result, job)
         return
-    body = answer.whole("".join(parts), result.finish_reason, end.usage, end.timings)
+    body = answer.whole(
+        "".join(parts), result.finish_reason, end.usage, end.timings, "".join(thoughts)
+    )
     await exchange.respond(200, body, [_JSON, *_ignored(job)])
 
 
@@ -108,16 +112,14 @@ async def _stream(exchange: Exchange, house: House, job: Job) -> None:
         if quiet.cancelled_caught:
             await exchange.write(sse.PING)
             continue
-        if text:
+        data = answer.thought(thought) if (thought := job.outbox.thoughts()) else b""
+        data += answer.text(text) if text else b""
+        if data:
             sent = "text"
             pause = float("inf")  # pings stop at the first token: text shows that we live
-            data = answer.text(text)
-            if end is None:
-                await exchange.write(data)
-        else:
-            data = b""
         if end is not None:
             break
+        await exchange.write(data)
     result = outcome(end, sent)
     if result.finish_reason is not None:
         data += answer.finish(result.finish_reason, end.usage, end.timings)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rkvlmd.models.geometry import Cuts
@@ -34,6 +34,10 @@ NAMES = (
 )
 
 Layout = Callable[["Tags", "Cuts"], Sequence[str | int]]
+#: ``run``: one run of tokens, with a time axis in its positions; the pixel budget is that of one
+#: frame. ``timed``: tags around each patch in time, and its time in words before them; the budget
+#: is that of all frames.
+Film = Literal["run", "timed"]
 
 
 def one_run(tags: Tags, cuts: Cuts) -> list[str | int]:
@@ -46,12 +50,14 @@ class Family:
     """``template`` is the Jinja chat template of models that bring none, or empty.
 
     ``layout`` says what stands at a picture's place: strings, and indices of
-    its views.
+    its views. ``film`` says how a video is laid out whose frames become patches
+    together (``models.films``).
     """
 
     name: str
     template: str = ""
     layout: Layout = one_run
+    film: Film | None = None
 
 
 def known() -> frozenset[str]:

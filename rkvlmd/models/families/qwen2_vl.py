@@ -9,4 +9,4 @@ from rkvlmd.models.families.chatml import chatml
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "You are a helpful assistant."
 
-FAMILY = Family(name="qwen2_vl", template=chatml(PICTURE, system=SYSTEM))
+FAMILY = Family(name="qwen2_vl", template=chatml(PICTURE, system=SYSTEM), film="run")

@@ -1,8 +1,8 @@
-"""Qwen3: text alone; without a template of the model it answers without thinking aloud."""
+"""Qwen3: text alone; without a template of the model it thinks aloud only when asked to."""
 
 from __future__ import annotations
 
 from rkvlmd.models.families import Family
-from rkvlmd.models.families.chatml import chatml
+from rkvlmd.models.families.chatml import chatml, thinking
 
-FAMILY = Family(name="qwen3", template=chatml("", answer="<think>\\n\\n</think>\\n\\n"))
+FAMILY = Family(name="qwen3", template=chatml("", answer=thinking()))

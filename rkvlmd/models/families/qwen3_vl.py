@@ -6,4 +6,4 @@ from rkvlmd.models.families import Family
 from rkvlmd.models.families.chatml import chatml
 from rkvlmd.models.families.qwen2_vl import PICTURE
 
-FAMILY = Family(name="qwen3_vl", template=chatml(PICTURE))
+FAMILY = Family(name="qwen3_vl", template=chatml(PICTURE), film="timed")

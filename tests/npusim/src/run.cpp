@@ -293,8 +293,10 @@ void Session::save_cache(const RunParam &param, const Lane &lane, size_t index) 
     file << "NPUSIM PROMPT CACHE " << version << "\n";
     // Fact 2.4h, #492: 1.2.x cuts at the first picture; nobody says so of 1.3 [I].
     bool cut = abi < 130 || is("NPUSIM_SAVED_PICTURES", "cut", "whole");
+    size_t saved = 0;
     for (const Place &place : lane.places) {
         if (place.picture && cut) break;
+        saved++;
         file << place.id;
         if (place.picture) file << ":" << place.sum;
         file << " ";
@@ -304,6 +306,7 @@ void Session::save_cache(const RunParam &param, const Lane &lane, size_t index) 
         auto answer = answer_of(*lane.request, param, cache[index], lane.places.size());
         if (!answer.empty()) file << answer[0].id;
     }
+    copy_cache(saved);
     trace("save_cache", {{"path", path}});
 }
 

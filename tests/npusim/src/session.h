@@ -156,6 +156,7 @@ class Session {
     void finish(const Emit &emit, size_t lanes, size_t computed, float prefill_ms, int generated,
                 float milliseconds);
     void save_cache(const RunParam &param, const Lane &lane, size_t lane_index) const;
+    static void copy_cache(size_t tokens);
     std::vector<size_t> prompt_ends;
     std::vector<Place> loaded_cache;
 };

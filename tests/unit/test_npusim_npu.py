@@ -1,0 +1,79 @@
+"""The simulated NPU is one for all processes and both libraries, with one active IOMMU domain."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rkvlmd.engine.rkllm_library import open_library
+from rkvlmd.engine.rkllm_session import InitError, Session, Setup
+from tests.npusim import compiler, models
+from tests.npusim.fixture import PYTHON, Sim
+from tests.npusim.house import plug_in
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sim:
+    made = plug_in(tmp_path, monkeypatch)
+    monkeypatch.syspath_prepend(str(PYTHON))
+    monkeypatch.setenv("NPUSIM_SWITCH_LIMIT_MS", "20")
+    models.rkllm(tmp_path / "m.rkllm", embed=8)
+    return made
+
+
+@contextmanager
+def another_at_work(sim: Sim, domain: int) -> Iterator[None]:
+    """Have somebody else's work in flight inside the block."""
+    fd = os.open(sim.folder / "npu", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.pwrite(fd, b"%-12d\n" % domain, 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def encode(_sim: Sim) -> bool:
+    from rknnlite import npu
+
+    return bool(npu.work(0, 0.1, "encode"))
+
+
+def load(sim: Sim) -> bool:
+    session = Session(open_library(str(compiler.library("1.3.0"))))
+    try:
+        session.open(Setup(sim.folder / "m.rkllm", 512, 100, domain=0))
+    except InitError:
+        return False
+    session.close()
+    return True
+
+
+@pytest.mark.parametrize("work", [encode, load])
+def test_work_in_another_domain_fails_while_work_is_in_flight(
+    sim: Sim, work: Callable[[Sim], bool]
+) -> None:
+    with another_at_work(sim, domain=1):
+        assert not work(sim)
+        assert sim.one("switch_timeout")["domain"] == 0
+        assert not sim.trace("npu")
+    # Nobody is at work any more: the domain changes, and the next one finds it so.
+    assert work(sim)
+    assert (sim.one("switch")["from"], sim.one("switch")["to"]) == (1, 0)
+    assert work(sim)
+    assert len(sim.trace("switch")) == 1
+
+
+def test_both_libraries_share_it(sim: Sim) -> None:
+    assert load(sim)
+    assert encode(sim)
+    first, second = sim.trace("npu")
+    assert (first["what"], second["what"]) == ("load", "encode")
+    assert first["end"] <= second["begin"]
