@@ -132,7 +132,11 @@ class Lease:
         if self._holder is None:
             self._give()
         try:
-            await grip.turn.wait()
+            if grip.turn.is_set():
+                # Not a turn of the loop later: what is free is used at once.
+                await trio.lowlevel.checkpoint_if_cancelled()
+            else:
+                await grip.turn.wait()
         except BaseException:
             # The turn may have come in the same moment.
             if grip.turn.is_set():

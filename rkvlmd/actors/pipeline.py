@@ -69,6 +69,7 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
 
     """
     entry = tools.residency.entry(job.model)
+    prepare.check_places(job, entry)
     with ExitStack() as stack:
         pictures = await videos.pictures(job, slot, entry, tools, stack)
         slot.resize(job.text_bytes)

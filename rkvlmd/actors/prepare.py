@@ -92,6 +92,23 @@ async def pictures(
     return [found[index] for index in range(len(sources))]
 
 
+def check_places(job: Job, entry: Entry) -> None:
+    """Refuse more pictures than the context holds before the first one is fetched or decoded.
+
+    Each is counted with the fewest tokens that it can have; ``prompt`` counts exactly.
+
+    Raises:
+      RkvlmdError: ``context_length_exceeded``, with both numbers, and what to lower.
+
+    """
+    sources, manifest = job.request.pictures, entry.manifest
+    if not sources or not manifest.encoders:
+        return
+    tokens = sum(views.least(manifest, source.detail) for source in sources)
+    if tokens >= manifest.decoder.context:
+        raise _too_long(tokens, manifest.decoder.context, tokens, len(sources))
+
+
 async def source_file(
     job: Job,
     source: PictureSource | VideoSource,

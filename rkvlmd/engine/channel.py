@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -18,6 +19,37 @@ MOST_LATER = 256
 _ROOM = socket.CMSG_SPACE(frames.MAX_FDS * array.array("i").itemsize)
 
 Received = tuple[child.ToChild, list[int]]
+
+
+class Rhythm:
+    """When the next of some regular events should have come; times in seconds.
+
+    The gap between two follows the shortest one at once, and longer ones by a
+    tenth each. An event is noticed ``gap / 16`` after it came, within the bounds of
+    ``STEPS``, if it comes in time or late, and at most a gap after it came.
+    """
+
+    #: Shortest and longest time between two looks.
+    STEPS = (0.00025, 0.002)
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._gap = 0.0
+
+    def heard(self, *times: float) -> None:
+        """Learn when events came, in order."""
+        for at in times:
+            if self._last is not None:
+                gap = max(at - self._last, 0.0)
+                self._gap = min(gap, 1.1 * self._gap) if self._gap > 0 else gap
+            self._last = at
+
+    def pause(self, now: float) -> float:
+        """Return how long to wait for the next look."""
+        least, most = self.STEPS
+        step = min(max(self._gap / 16, least), most)
+        due = now if self._last is None else self._last + self._gap + step
+        return max(due - now, step)
 
 
 class Channel:
@@ -36,9 +68,12 @@ class Channel:
         self._decoder = frames.FrameDecoder()
         self._fds: deque[int] = deque()
         self._lock = threading.Lock()
-        self._later: deque[child.FromChild] = deque()
-        #: Locked until something waits in ``_later``; made with the thread that waits for it.
+        #: When each was given to ``send_later`` or ``hold``, and what.
+        self._later: deque[tuple[float, child.FromChild]] = deque()
+        #: Locked while the thread has nothing to wait for; made with it.
         self._bell: threading.Lock | None = None
+        #: Whether the thread looks by itself.
+        self._flows = False
         self._error: OSError | None = None
 
     def fileno(self) -> int:
@@ -90,12 +125,13 @@ class Channel:
 
         """
         frame = _frame(message, fds)
+        self._flows = False
         with self._lock:
             self._send(self._waiting() + frame, fds, 0)
 
     def hold(self, message: child.FromChild) -> None:
         """Send one frame without descriptors together with the next one of this thread."""
-        self._later.append(message)
+        self._later.append((time.monotonic(), message))
 
     def send_later(self, message: child.FromChild) -> None:
         """Have a thread of this channel send one frame without descriptors, soon and in order.
@@ -112,7 +148,10 @@ class Channel:
         if len(self._later) >= MOST_LATER:
             self.send(message)
             return
-        self._later.append(message)
+        self._later.append((time.monotonic(), message))
+        if self._flows:
+            return
+        self._flows = True
         bell = self._bell
         if bell is None:
             self._bell = bell = threading.Lock()
@@ -121,15 +160,23 @@ class Channel:
             bell.release()
 
     def _writer(self, bell: threading.Lock) -> None:
-        # Who rings has something better to do, and shall not lose its processor to this thread.
+        # Who sends later has something better to do, and shall not lose its processor to this
+        # thread, nor the time that it takes to wake a thread up: so that is done once for an
+        # order, and then this one looks when the next frame should have come.
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        rhythm = Rhythm()
         try:
             while self._error is None:
-                bell.acquire()
+                if self._flows:
+                    time.sleep(rhythm.pause(time.monotonic()))
+                else:
+                    bell.acquire()
+                    rhythm = Rhythm()
                 with self._lock:
-                    if data := self._waiting():
-                        self._send(data, (), 0)
+                    if self._later:
+                        rhythm.heard(*(at for at, _ in self._later))
+                        self._send(self._waiting(), (), 0)
         except OSError as exc:
             self._error = exc  # for the next one who sends
 
@@ -137,7 +184,7 @@ class Channel:
         """Take what ``send_later`` and ``hold`` were given; the lock is held."""
         found = []
         while self._later:
-            found.append(_frame(self._later.popleft(), ()))
+            found.append(_frame(self._later.popleft()[1], ()))
         return b"".join(found)
 
     def send_nowait(self, message: child.FromChild) -> bool:

@@ -176,7 +176,7 @@ class Loop:
             else:
                 # A job whose child dies is done again if it has no text yet: so the first one is
                 # on its way before a library goes on.
-                said = said or isinstance(message, child.Text)
+                said = True
                 self._channel.send(message, fds)
             # Closes the gap between an abort and a backend that began to listen after it.
             if number in self._aborted and isinstance(message, child.Prefilled | child.Text):

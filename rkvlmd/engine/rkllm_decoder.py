@@ -118,7 +118,7 @@ class RkllmDecoder:
                 probed = self._probe(options, library)
                 self._told_apart = probed.pictures_told_apart
             cached = self._load_prompt(options, library)
-            able = self._requests.table is None and not beside
+            able = manifest.decoder.input == "text" and not beside
             self._conversations = Conversations(
                 session,
                 int(options.get("conversations_bytes", 0)) if able else 0,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rkvlmd.engine import rkllm_cross, rkllm_setup
 from rkvlmd.engine import rkllm_inputs as inputs
 from rkvlmd.engine.backend import Rows
@@ -87,6 +89,9 @@ class Requests:
         if self.table is not None:
             embeds = self.table(order.tokens, order.spans, rows)
             return Request(inputs.embed_input(layout, embeds), held, embeds)
+        if self._manifest.decoder.input == "tokens":
+            ids = np.asarray(order.tokens, np.int32)
+            return Request(inputs.token_input(layout, ids), held, ids)
         if not rows:
             return Request(inputs.prompt_input(layout, prompt), held)
         pictures = self._block(found.pictures, self._tags) if found.pictures else None
@@ -104,6 +109,8 @@ class Requests:
                 f"This model's context is {context} tokens, but the prompt has {known}.",
                 param="messages",
             )
+        if not known and self._manifest.decoder.input == "tokens":
+            raise RkvlmdError("engine_error", "The prompt has no tokens.")
         if len(rows) != len(order.spans):
             raise RkvlmdError("engine_error", "Pictures and their places differ in number.")
         several = sum(span.video is None for span in order.spans) > 1

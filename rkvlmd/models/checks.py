@@ -206,6 +206,8 @@ def _check_rkllm(m: Manifest) -> list[str]:
         problems.append("decoder.adapters: two have the same name")
     if decoder.adapters and decoder.prompt_cache:
         problems.append("decoder.prompt_cache: would be wrong for decoder.adapters")
+    if decoder.input == "tokens" and (m.encoders or m.tokenizer is None or decoder.prompt_cache):
+        problems.append("decoder.input: tokens need a tokenizer, no encoder and no prompt_cache")
     if decoder.input == "embeddings":
         if "embed" not in decoder.files or m.tokenizer is None:
             problems.append("decoder.input: embeddings need decoder.files.embed and a tokenizer")

@@ -174,8 +174,9 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     when the window shifts, ``embed_flash`` reads the embeddings from storage;
     what is not given is the library's default. ``prompt_cache`` is the text
     with which prompts of this model begin, its template applied: it is
-    computed once and kept in the state folder. ``input`` ``embeddings`` gives
-    the library rows instead of text, for models whose positions allow it:
+    computed once and kept in the state folder. ``input`` ``tokens`` gives the
+    library a text model's tokens as our tokenizer makes them, not text.
+    ``embeddings`` gives it rows, for models whose positions allow it:
     ``files`` then has ``embed``, an ``.npy`` of (vocabulary, embedding) in
     float16 or float32, or in int8 with ``embed_scale``, float32 one a row.
     ``rope``: ``mrope`` gives each token three positions (time, row, column).
@@ -199,7 +200,7 @@ class Decoder(_Strict, frozen=True, kw_only=True):
     embed_flash: bool | None = None
     adapters: tuple[Adapter, ...] = ()
     prompt_cache: str = ""
-    input: Literal["text", "embeddings"] = "text"
+    input: Literal["text", "tokens", "embeddings"] = "text"
     rope: Literal["plain", "mrope"] = "plain"
     deepstack: tuple[Natural, ...] = ()
     multi_image_from: Annotated[

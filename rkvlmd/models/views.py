@@ -87,6 +87,23 @@ def plan(manifest: Manifest, width: int, height: int, detail: Detail = "auto") -
     return Plan(tuple(views), tuple(layout(tags, cuts)))
 
 
+def least(manifest: Manifest, detail: Detail = "auto") -> int:
+    """Return how many image tokens a picture of any size has at least.
+
+    Where the encoder has one size and nothing is cut, each has exactly as many.
+    """
+    encoder = manifest.encoders[choose(manifest, detail)]
+    if manifest.decoder.cross_attention is not None:
+        return 1
+    if encoder.patches is None or not encoder.patches.size:
+        return encoder.tokens
+    side = encoder.patches.size * encoder.patches.merge
+    if encoder.resize.rule != "aspect":
+        # Slices become as small as the picture is.
+        return 1
+    return max(1, encoder.resize.min_pixels // side**2)
+
+
 def choose(manifest: Manifest, detail: Detail) -> int:
     """Return the index of the encoder that sees a whole picture at this detail."""
     whole = [i for i, encoder in enumerate(manifest.encoders) if not encoder.tile]

@@ -113,6 +113,8 @@ CASES = (
                      video_processor=None)),
     _qwen("qwen3_vl", 16, HALF, 65536, 16777216,
           _processor("qwen3_vl.processing_qwen3_vl", "Qwen3VLProcessor", video_processor=None)),
+    _qwen("qwen3_5", 16, HALF, 65536, 16777216,
+          _processor("qwen3_vl.processing_qwen3_vl", "Qwen3VLProcessor", video_processor=None)),
     Case(
         "internvl", "internvl",
         (encoder(448, 448, 256, IMAGENET,
@@ -210,6 +212,19 @@ CASES = (
          "max_patches": 9, "background_color": [127, 127, 127], **_norm(HALF, BICUBIC)},
         Tags(content="<image>"), "<image>", ("<image>",),
     ),
+)  # fmt: skip
+
+#: One whose processor cuts pictures out where the model's own code pads them: the same prompt.
+FASTVLM = Case(
+    "fastvlm", "fastvlm",
+    (encoder(1024, 1024, 256, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+             resize=Resize(rule="pad", fill=(0, 0, 0))),),
+    ("clip.image_processing_pil_clip", "CLIPImageProcessorPil"),
+    {"size": {"shortest_edge": 1024}, "crop_size": {"height": 1024, "width": 1024},
+     "do_center_crop": True, "image_mean": [0.0] * 3, "image_std": [1.0] * 3},
+    Tags(content="<image>"), "<image>", ("<|im_start|>", "<|im_end|>", "<image>"),
+    **_processor("llava.processing_llava", "LlavaProcessor", patch_size=64,
+                 vision_feature_select_strategy="full", num_additional_image_tokens=0),
 )  # fmt: skip
 
 #: Two whose processors are those of a later version: other numbers of tokens, the same layout.

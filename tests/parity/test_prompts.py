@@ -18,13 +18,13 @@ from rkvlmd.engine import render
 from rkvlmd.models import families, views
 from rkvlmd.wire.child import Laid
 from tests.parity import pictures as files
-from tests.parity.cases import CASES, LATER, Case
+from tests.parity.cases import CASES, FASTVLM, LATER, Case
 
 pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.torch
 
-WITH_PROCESSOR = [*(case for case in CASES if case.whole is not None), *LATER]
+WITH_PROCESSOR = [*(case for case in CASES if case.whole is not None), FASTVLM, *LATER]
 #: Conversations: messages of texts, and pictures by number of ``files``.
 TALKS: tuple[tuple[tuple[str, tuple[str | int, ...]], ...], ...] = (
     (("user", (0, "What is this?")),),

@@ -8,10 +8,13 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rkvlmd.engine import ahead, loop, memfd, roles
 from rkvlmd.engine import channel as channels
@@ -139,12 +142,14 @@ def test_there_is_a_bound(pair: tuple[Peer, Channel]) -> None:
 def test_the_end_of_the_socket_reaches_the_sender(pair: tuple[Peer, Channel]) -> None:
     peer, channel = pair
     full(channel, channel._sock)
+    before = set(threading.enumerate())
     channel.send_later(text(0))
     channel.send_later(text(1))
+    (writer,) = [t for t in threading.enumerate() if t.name == "writer" and t not in before]
     peer.sock.close()
+    writer.join(PATIENCE)
     with pytest.raises(ConnectionError):
-        for number in range(10_000_000):
-            channel.send_later(text(number))
+        channel.send_later(text(2))
     with pytest.raises(ConnectionError):
         channel.send(DONE)
 
@@ -161,6 +166,55 @@ def test_the_writer_takes_no_processor_from_who_rings(pair: tuple[Peer, Channel]
     channel.close()
     writer.join(PATIENCE)
     assert not writer.is_alive()
+
+
+@given(
+    st.lists(st.floats(0.0005, 0.5), min_size=2, max_size=40), st.lists(st.floats(0, 1)),
+)  # fmt: skip
+def test_a_rhythm_waits_a_bounded_time(gaps: list[float], looks: list[float]) -> None:
+    rhythm, now = channels.Rhythm(), 100.0
+    least, most = rhythm.STEPS
+    assert least <= rhythm.pause(now) <= most
+    for gap in gaps:
+        now += gap
+        rhythm.heard(now)
+        for look in looks:
+            pause = rhythm.pause(now + look)
+            assert least <= pause <= max(1.1 * max(gaps) + most, most)
+    # After some regular ones the next look comes just after the next event.
+    for _ in range(200):
+        now += 0.064
+        rhythm.heard(now)
+    assert rhythm.pause(now) == pytest.approx(0.064 + most)
+    assert rhythm.pause(now + 0.07) == pytest.approx(most), "it is late"
+    for _ in range(3):
+        now += 0.008
+        rhythm.heard(now)
+    assert rhythm.pause(now) == pytest.approx(0.0085)
+
+
+def test_the_thread_sleeps_between_orders(pair: tuple[Peer, Channel]) -> None:
+    peer, channel = pair
+    before = set(threading.enumerate())
+    for number in range(3):
+        channel.send_later(text(number))
+    channel.send(DONE)
+    messages(peer, 4)
+    (writer,) = [t for t in threading.enumerate() if t.name == "writer" and t not in before]
+    path = Path(f"/proc/self/task/{writer.native_id}/status")
+
+    def switches() -> int:
+        line = next(x for x in path.read_text().splitlines() if x.startswith("voluntary"))
+        return int(line.split()[1])
+
+    turn = threading.Event()
+    turn.wait(0.1)  # the last look of the order
+    asleep = switches()
+    turn.wait(0.2)
+    assert switches() == asleep
+    channel.send_later(text(7))
+    channel.send_later(text(8))
+    assert messages(peer, 2) == [text(7), text(8)], "nobody has sent them but the thread"
 
 
 # --- a generation whose library calls back --------------------------------------------------

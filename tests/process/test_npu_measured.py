@@ -21,6 +21,7 @@ async def test_the_library_s_figures_are_passed_on(
 ) -> None:
     sim = plug_in(tmp_path, monkeypatch)
     monkeypatch.setenv("NPUSIM_PREFILL_MS", "0.5")
+    monkeypatch.setenv("NPUSIM_DECODE_MS", "50")
     monkeypatch.setenv("NPUSIM_REPLY", "count")
     monkeypatch.setenv("NPUSIM_REPLY_WORDS", "3")
     folders.write(tmp_path / "models" / "m", vision=False)
@@ -36,11 +37,12 @@ async def test_the_library_s_figures_are_passed_on(
     assert len(computed) == 2
     # Usage: what was not computed came from the cache.
     assert end.usage.cached_tokens == end.usage.prompt_tokens - computed[1] > 0
-    # Timings: the library's own time of the prefill, not ours around it.
+    # Timings: the library's own time of the prefill, not ours, which ends with the first token.
     assert 0.0005 * computed[1] <= end.timings.prefill < end.timings.first_token
     model = '{model_name="m"}'
     assert found[f"rkvlmd_prefix_cache_hits_total{model}"] == end.usage.cached_tokens
     lines = [r.getMessage() for r in caplog.records if "the NPU computed" in r.getMessage()]
     assert [int(line.split()[5]) for line in lines] == computed
-    assert f"{end.usage.completion_tokens - 1} of the answer" in lines[1]
+    # The library leaves out the first token and counts the one that ends the answer.
+    assert f"{end.usage.completion_tokens} of the answer" in lines[1]
     assert "the child's peak is" in lines[1]

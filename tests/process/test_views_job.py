@@ -135,6 +135,25 @@ async def test_pictures_that_fill_the_context(tmp_path: Path) -> None:
     assert Blob.live == 0
 
 
+async def test_pictures_that_fill_the_context_are_not_looked_at(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "models")
+    manifest = json.loads((folder / "rkvlm.json").read_text())
+    manifest["encoders"][0]["tokens"] = 200
+    change(folder, encoders=manifest["encoders"])
+    request = ask(16, 16, pictures=3)
+    none = base64.b64encode(b"no picture at all").decode()
+    request = replace(request, pictures=tuple(replace(s, data=none) for s in request.pictures))
+    async with open_house(tmp_path, scripts=ECHO) as house:
+        with trio.fail_after(60):
+            _, end = await collect(submit(house, request))
+            assert end.error is not None
+            assert end.error.code == "context_length_exceeded"
+            request = replace(request, pictures=request.pictures[:2], turns=chat("x", 2).turns)
+            _, end = await collect(submit(house, request))
+            assert end.error is not None
+            assert end.error.code == "invalid_image_format"
+
+
 @pytest.mark.parametrize(
     "template",
     [

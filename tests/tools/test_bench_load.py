@@ -170,3 +170,6 @@ def test_a_summary() -> None:
     assert (found["answers_per_second"], found["tokens_per_second"]) == (0.5, 2.5)
     assert found["inter_token_ms"]["max"] == pytest.approx(200)
     assert found["first_token_ms_by_kind"]["b"]["p50"] == 100
+    npu = {"ev": "npu", "what": "decode"}
+    events = [npu | {"begin": 0, "end": 10**9}, npu | {"begin": 3 * 10**9, "end": 4 * 10**9}]
+    assert load.summary(done, events)["npu"]["busy"] == 0.5

@@ -10,7 +10,8 @@ import pytest
 for needed in ("numpy", "tokenizers", "PIL", "onnxruntime"):
     pytest.importorskip(needed)
 
-from tools.benchlib import cli, figures, npu, npu_life, simulated, trace  # noqa: E402
+from tools.benchlib import cli, figures, npu, npu_life, npu_open, simulated, trace  # noqa: E402
+from tools.benchlib.chatload import Answer  # noqa: E402
 
 pytestmark = pytest.mark.process
 
@@ -82,7 +83,10 @@ def check_demo(found: list[dict[str, Any]]) -> None:
 
 
 def check_profile(found: list[dict[str, Any]]) -> None:
-    assert any("rkvlmd" in row["function"] for row in found[0]["detail"]["top"])
+    top = found[0]["detail"]["top"]
+    assert [row["own_s"] for row in top] == sorted((row["own_s"] for row in top), reverse=True)
+    # Of which parts is chance in so short a run; that it is the daemon's loop is not.
+    assert any("trio/_core" in row["function"] for row in top)
 
 
 # --- what they are made of -------------------------------------------------------------
@@ -125,3 +129,28 @@ def test_times_are_those_of_the_rk3588() -> None:
     assert (full.encode, full.decode, full.words) == (2080, 67.1, "RK3588 speed")
     assert tenth.encode == pytest.approx(208)
     assert tenth.words == "RK3588 divided by 10"
+    assert full.load == full.decoder_load + 500
+
+
+def test_work_for_clients_that_have_left() -> None:
+    """A prefill in flight is not counted, one that begins later is, and every token."""
+
+    def run(client: int, *jobs: tuple[str, float, float]) -> list[dict[str, Any]]:
+        asked = {"ev": "run", "t": int(jobs[0][1] * 1e9), "prompt": f"client {client:04d} says"}
+        return [asked, *(job(*one) for one in jobs)]
+
+    def answer(gone: float | None) -> Answer:
+        return Answer("leaver", 0.0, gone=gone)
+
+    events = [
+        *run(0, ("prefill", 1, 2), ("decode", 2, 2.5)),  # left in its prefill
+        *run(1, ("prefill", 3, 4), ("decode", 4, 5), ("decode", 5, 6)),  # left in its first token
+        *run(2, ("prefill", 7, 8)),  # had left before
+        *run(3, ("prefill", 9, 10), ("decode", 10, 11)),  # stayed
+        *run(4, ("prefill", 12, 13)),  # left afterwards
+    ]
+    answers = {0: answer(1.5), 1: answer(4.5), 2: answer(6.5), 3: answer(None), 4: answer(20.0)}
+    found = npu_open._overtime(events, answers)
+    assert found == {
+        0: pytest.approx(500), 1: pytest.approx(1500), 2: pytest.approx(1500), 4: 0.0
+    }  # fmt: skip

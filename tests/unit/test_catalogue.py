@@ -441,6 +441,7 @@ def test_a_decoder_alone_takes_text() -> None:
 
 COMPARED = {
     "qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-3b", "qwen3_vl": "qwen3-vl-2b",
+    "qwen3_5": "qwen3.5-0.8b",
     "internvl": "internvl3-1b", "smolvlm": "smolvlm-256m", "llava": "llava-1.5-7b",
     "gemma3": "gemma3-4b", "janus": "janus-pro-1b",
 }  # fmt: skip

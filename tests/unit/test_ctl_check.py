@@ -240,7 +240,7 @@ def test_the_catalogue_is_listed_and_its_entries_are_shown(
     assert not told["installed"]
     assert told["encoder_tokens"] == [57]
     assert told["sources"]
-    assert any("special_strings" in text for text in told["warnings"])
+    assert any("kv_bytes_per_token" in text for text in told["warnings"])
     assert main(["show", "--models", str(models)]) == 0
     assert "deepseek-ocr" in capsys.readouterr().out
 

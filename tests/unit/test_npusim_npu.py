@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,3 +78,17 @@ def test_both_libraries_share_it(sim: Sim) -> None:
     first, second = sim.trace("npu")
     assert (first["what"], second["what"]) == ("load", "encode")
     assert first["end"] <= second["begin"]
+
+
+def test_a_compiler_is_the_system_s_or_the_extra_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = compiler.compiler.__wrapped__
+    monkeypatch.setenv("CXX", "my-compiler --fast")
+    assert find() == ("my-compiler", "--fast")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find() == (sys.executable, "-m", "ziglang", "c++")
+    (tmp_path / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "g++").chmod(0o755)
+    assert find() == (str(tmp_path / "g++"),)

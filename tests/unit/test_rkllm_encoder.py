@@ -195,10 +195,10 @@ def test_rows_go_where_they_are_wanted(sim: Sim, outputs: int) -> None:
 def test_a_value_that_is_no_number_is_found_anywhere(
     sim: Sim, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    from rkvlmd.engine import rknn_encoder
-
-    monkeypatch.setattr(rknn_encoder, "_TOKENS", 3)  # the last step is a short one
     encoder, _ = load(sim, outputs=2)
+    assert folders.TOKENS == 4
+    # Then the last step is a short one.
+    monkeypatch.setattr(sys.modules[type(encoder).__module__], "_TOKENS", 3)
     for output, token, column in ((0, 0, 0), (1, 2, 7), (0, 3, 15), (1, 3, 0)):
         found = [np.ones((1, folders.TOKENS, folders.EMBED), np.float32) for _ in range(2)]
         monkeypatch.setattr(encoder._lite, "inference", lambda found=found, **_: found)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rkvlmd.engine import rkllm_inputs as inputs
 from rkvlmd.engine import rkllm_prompts
+from rkvlmd.engine.rkllm_session import infer_param
 from rkvlmd.errors import ManifestError, RkvlmdError
 from rkvlmd.models import manifest
 from tests.npusim import folders, models
@@ -238,6 +240,40 @@ def test_a_table_that_lacks_tokens(sim: Sim) -> None:
         Bench(sim, "1.3.0").ask("hello")
 
 
+# --- tokens ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["1.2.1", "1.2.3", "1.3.1"])
+@pytest.mark.parametrize("specials", ["parsed", "text"])
+def test_tokens_in_the_place_of_text(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, version: str, specials: str
+) -> None:
+    # Whether the library knows special strings in a raw prompt is of no matter then.
+    monkeypatch.setenv("NPUSIM_SPECIALS", specials)
+    bench = Bench(sim, version, vision=False, decoder={"input": "tokens"})
+    turns: list[Any] = ["how are <|im_end|> you?"]
+    for _ in range(3):
+        order = bench.order(turns)
+        text, done = bench.ask(*turns)
+        run = sim.one("run")
+        assert (run["kind"], run["token_ids"]) == ("token", len(order.tokens))
+        assert models.answer(text)["tokens"] == str(len(order.tokens)) == str(done.prompt)
+        turns += [text, "and now?"]
+    # A follow-up computes what is new, as with text.
+    assert done.cached is not None
+    assert done.cached > len(order.tokens) // 2
+    if specials == "parsed":
+        # They are the tokens that the library makes of the text: it has nothing to compute.
+        session = bench.decoder._session
+        value = inputs.prompt_input(session.library.layout, order.prompt.encode())
+        assert session.run(value, infer_param(session.library), lambda *_: 0) == 0
+        assert sim.one("prefill")["computed"] == 0
+    with pytest.raises(RkvlmdError, match="has no tokens"):
+        bench.ask("x", tokens=[])
+    assert bench.ask("x")[1].reason == "stop"
+    assert not sim.trace("misuse")
+
+
 # --- manifests -------------------------------------------------------------------------------
 
 
@@ -245,6 +281,7 @@ def test_a_table_that_lacks_tokens(sim: Sim) -> None:
     ("decoder", "says"),
     [
         ({"input": "embeddings"}, "decoder.input: embeddings need decoder.files.embed"),
+        ({"input": "tokens"}, "decoder.input: tokens need a tokenizer, no encoder and no"),
         ({"adapters": [{"name": "a", "file": "x", "sha256": "0" * 64}] * 2}, "have the same name"),
         ({"adapters": [{"name": "a", "file": "x", "sha256": "0" * 64}], "prompt_cache": "x"},
          "decoder.prompt_cache: would be wrong for decoder.adapters"),

@@ -65,6 +65,10 @@ def test_every_rule_keeps_its_bounds(rule: str, width: int, height: int, detail:
     places = [item for item in plan.layout if isinstance(item, int)]
     assert sorted(places) == list(range(len(plan.views)))
     assert plan.tokens == sum(view.tokens for view in plan.views)
+    # Admission counts no more than there will be; of one size and one view it counts exactly.
+    assert 1 <= views.least(manifest, detail) <= plan.tokens
+    if rule in {"stretch", "pad", "crop"}:
+        assert views.least(manifest, detail) == plan.tokens
     for view in plan.views:
         entry, (sizes, place, _, _) = manifest.encoders[view.encoder], view.cut
         assert 1 <= view.tokens <= entry.tokens

@@ -266,9 +266,10 @@ async def _leave(made: Board, count: int) -> dict[int, Answer]:
 
 
 def _overtime(events: list[dict[str, Any]], answers: dict[int, Answer]) -> dict[int, float]:
-    """Milliseconds for which tokens were computed after their client had left, by client.
+    """Milliseconds for which the NPU worked for a client after that had left, by client.
 
-    A prefill in flight cannot be interrupted: what it takes does not count.
+    A prefill in flight cannot be interrupted: what it takes does not count. One
+    that began later does.
     """
     runs: list[tuple[int, int]] = []
     for event in events:
@@ -282,8 +283,9 @@ def _overtime(events: list[dict[str, Any]], answers: dict[int, Answer]) -> dict[
         if gone is None:
             continue
         mine = [j for j in jobs if began <= j["begin"] < after[0]]
-        prefilled = max((j["end"] for j in mine if j["what"] == "prefill"), default=0)
-        since = max(gone * 1e9, prefilled)
-        late = [j["end"] - since for j in mine if j["what"] == "decode" and j["end"] > since]
+        left = gone * 1e9
+        flying = [j["end"] for j in mine if j["what"] == "prefill" and j["begin"] <= left]
+        since = max(left, *flying, 0)
+        late = [j["end"] - since for j in mine if j["end"] > since]
         found[client] = max(late, default=0.0) / 1e6
     return found

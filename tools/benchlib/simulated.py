@@ -63,14 +63,20 @@ class Times:
     prefill: float
     decode: float
     load: float
+    decoder_load: float
 
     @classmethod
     def of(cls, scale: float) -> Times:
         """Return those of an RK3588 divided by ``scale``."""
         ms = {name: value / scale for name, value in RK3588.items()}
-        load = ms["NPUSIM_LOAD_MS"] + ms["NPUSIM_ENCODER_LOAD_MS"]
+        decoder = ms["NPUSIM_LOAD_MS"]
         return cls(
-            scale, ms["NPUSIM_ENCODE_MS"], ms["NPUSIM_PREFILL_MS"], ms["NPUSIM_DECODE_MS"], load
+            scale,
+            ms["NPUSIM_ENCODE_MS"],
+            ms["NPUSIM_PREFILL_MS"],
+            ms["NPUSIM_DECODE_MS"],
+            decoder + ms["NPUSIM_ENCODER_LOAD_MS"],
+            decoder,
         )
 
     @property

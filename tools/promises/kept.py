@@ -21,6 +21,13 @@ CACHES = (
         _CACHES,
     ),
     Break(
+        "embeddings are those of the encoder's file",
+        "actors/prepare.py",
+        'f"{rule} {own} {number} of',
+        'f"{rule} {number} of',
+        "tests/actors/test_prepare_views.py",
+    ),
+    Break(
         "one picture, many clients, one encode",
         "actors/embeddings.py",
         "        while (flight := self._flights.get(key)) is not None:\n"
@@ -103,6 +110,13 @@ CACHES = (
         "engine/rkllm_conversations.py",
         "while self.bytes > self.budget or len(self._kept) > MOST:",
         "while False:",
+        _NPU_TALKS,
+    ),
+    Break(
+        "a model that cannot save keeps no conversations",
+        "engine/rkllm_decoder.py",
+        'why="this model cannot save any" if self._has("no_prompt_cache") else "",',
+        'why="",',
         _NPU_TALKS,
     ),
     Break(
@@ -218,6 +232,13 @@ RESIDENCY = (
         "actors/loads.py",
         "key=lambda r: r.used_at)",
         "key=lambda r: -r.used_at)",
+        _RESIDENCY,
+    ),
+    Break(
+        "a load needs what it was seen to take",
+        "actors/records.py",
+        "max(self._estimate(p, conversations), peaks.get(p.key, 0))",
+        "self._estimate(p, conversations)",
         _RESIDENCY,
     ),
     Break(

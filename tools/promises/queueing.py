@@ -191,6 +191,13 @@ ORDER = (
         "tests/actors/test_lease.py",
     ),
     Break(
+        "a request's own class counts",
+        "actors/clients.py",
+        "        if asked is not None:\n",
+        "        if False:\n",
+        "tests/unit/test_urgency.py",
+    ),
+    Break(
         "the owner's lists of clients decide",
         "actors/clients.py",
         "        if self._batch and is_client(client, self._batch):\n            return BATCH\n",
