@@ -306,3 +306,16 @@ async def test_one_child_of_two_has_the_tokenizer(tmp_path: Path) -> None:
             have = {name: _mapped(c.pid, "tokenizers") for name, c in pool.children.items()}
             nursery.cancel_scope.cancel()
     assert have == {"prep:1": [True], "prep:2": [False]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["cook"], ["prep"], ["prep", "--fd"], ["prep", "--fd", "x"], ["prep", "fd", "3"],
+     ["prep", "--fd", "3", "--memory", "-1"], ["prep", "--fd", "3", "--speed", "1"]],
+)  # fmt: skip
+def test_a_command_line_that_is_none(words: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "rkvlmd.engine", *words], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "what is" in run.stderr

@@ -100,4 +100,9 @@ Checking::~Checking() { checked += now() - since; }
 
 void npu_begin() { checked = 0; }
 
+void npu_settle() {
+    if (checked > 0) trace("checks", {{"end", now()}, {"ns", checked}});
+    checked = 0;
+}
+
 }  // namespace npusim

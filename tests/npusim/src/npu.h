@@ -27,4 +27,8 @@ class Checking {
 // Forgets what was counted; a run begins.
 void npu_begin();
 
+// Writes into the trace what was counted and is longer than the work that followed: it delays
+// whoever waits, and no real library would take it.
+void npu_settle();
+
 }  // namespace npusim

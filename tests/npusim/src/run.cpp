@@ -76,6 +76,7 @@ bool Session::prefill(std::vector<Lane> &lanes, size_t &computed, float &millise
         if (left > 0 && left <= 128) look_again();
     }
     milliseconds = static_cast<float>(now() - begin) / 1e6F;
+    npu_settle();
     for (size_t i = 0; i < lanes.size(); i++) prompt_ends[i] = cache[i].size();
     return well;
 }
