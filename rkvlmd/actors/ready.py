@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rkvlmd.actors.embeddings import Rows
+from rkvlmd.models.views import places
 from rkvlmd.wire import child as wire
 
 
@@ -48,9 +49,7 @@ class Picture:
     @property
     def places(self) -> tuple[int, ...]:
         """Image tokens of each place that ``layout`` numbers."""
-        if self.tiles is not None:
-            return (self.block,)
-        return tuple(view.tokens for view in self.views)
+        return places((view.tokens for view in self.views), self.tiles, self.block)
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,18 +263,8 @@ def shapes(path: Path, file: str) -> dict[str, Any]:
       WrongFolderError: it is no ONNX file.
 
     """
-    command = [sys.executable, "-m", "rkvlmd.engine", "inspect", str(path / file)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=INSPECT_SECONDS, check=False, text=True
-        )
-    except subprocess.TimeoutExpired:
-        raise WrongFolderError(f"{file}: reading it took too long", param=file) from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        why = said[-1] if said else "cannot be read"
-        raise WrongFolderError(f"{file}: {why}", code="invalid_model", param=file)
-    found: dict[str, Any] = json.loads(done.stdout)
+    words = ("inspect", str(path / file))
+    found: dict[str, Any] = json.loads(_engine(file, words, INSPECT_SECONDS, "reading it"))
     return found
 
 
@@ -286,17 +276,22 @@ def cut(path: Path, file: str, target: Path, output: str) -> None:
 
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "rkvlmd.engine", "cut", str(path / file), str(target), output]
+    words = ("cut", str(path / file), str(target), output)
+    _engine(file, words, CUT_SECONDS, "taking it apart")
+
+
+def _engine(file: str, words: Sequence[str], seconds: float, what: str) -> str:
+    """Return what ``python -m rkvlmd.engine`` prints; its last word on stderr is the error."""
+    command = [sys.executable, "-m", "rkvlmd.engine", *words]
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=CUT_SECONDS, check=False, text=True
-        )
+        done = subprocess.run(command, capture_output=True, timeout=seconds, check=False, text=True)
     except subprocess.TimeoutExpired:
-        raise WrongFolderError(f"{file}: taking it apart took too long", param=file) from None
+        raise WrongFolderError(f"{file}: {what} took too long", param=file) from None
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        why = said[-1] if said else "cannot be taken apart"
+        why = said[-1] if said else f"{what} failed"
         raise WrongFolderError(f"{file}: {why}", code="invalid_model", param=file)
+    return done.stdout
 
 
 def encoder_of_onnx(

@@ -52,7 +52,7 @@ def work(order: child.Frames, fds: Sequence[int], send: Send) -> None:
     view = found[0][1]
     sheets = [pixels for pixels, _ in found]
     array = resample.frames_to_patches(sheets, film.entry, film.patches, exact=order.exact)
-    made, tensor = memfd.from_array(array, "rkvlmd-pixels")
+    made, shown = memfd.from_view(view, array)
     try:
         send(
             child.PictureDone(
@@ -61,15 +61,7 @@ def work(order: child.Frames, fds: Sequence[int], send: Send) -> None:
                 width=order.size[0],
                 height=order.size[1],
                 format="frames",
-                views=[
-                    child.View(
-                        encoder=view.encoder,
-                        tensor=tensor,
-                        tokens=view.tokens,
-                        patches=view.patches,
-                        grid=view.grid,
-                    )
-                ],
+                views=[shown],
                 layout=[0],
             ),
             [made],

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rkvlmd.engine.graph_header import BYTES, Field, NotOnnxError, fields, inside, text
+from rkvlmd.engine.onnx_slice import varint
 
 # onnx.proto: ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, ValueInfoProto.
 _GRAPH = 7
@@ -55,7 +56,7 @@ def _write(data: mmap.mmap, target: Path, output: str) -> None:
     with target.open("wb") as file:
         for start, end in before:
             file.write(data[start:end])
-        file.write(_varint(_GRAPH << 3 | BYTES) + _varint(sum(end - start for start, end in kept)))
+        file.write(varint(_GRAPH << 3 | BYTES) + varint(sum(end - start for start, end in kept)))
         for start, end in kept:
             for at in range(start, end, _CHUNK):
                 file.write(data[at : min(end, at + _CHUNK)])
@@ -125,12 +126,3 @@ def _spans(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[tuple[int, i
     for item in fields(data, start, end):
         yield (at, item.next), item
         at = item.next
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

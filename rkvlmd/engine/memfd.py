@@ -7,12 +7,15 @@ import fcntl
 import math
 import mmap
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rkvlmd.wire.child import Tensor
+from rkvlmd.wire.child import Tensor, View
+
+if TYPE_CHECKING:
+    from rkvlmd.models import views
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 #: From Linux 5.1 (fcntl(2)): what is mapped already may be written, nothing else.
@@ -44,6 +47,18 @@ def from_array(array: npt.NDArray[Any], name: str = "rkvlmd") -> tuple[int, Tens
     array = np.ascontiguousarray(array)
     tensor = Tensor(shape=tuple(array.shape), dtype=array.dtype.name)
     return create(array.reshape(-1).view(np.uint8).data, name), tensor
+
+
+def from_view(view: views.View, array: npt.NDArray[Any]) -> tuple[int, View]:
+    """Return a sealed memory file with an encoder's input, and what a frame says of it."""
+    fd, tensor = from_array(array, "rkvlmd-pixels")
+    return fd, View(
+        encoder=view.encoder,
+        tensor=tensor,
+        tokens=view.tokens,
+        patches=view.patches,
+        grid=view.grid,
+    )
 
 
 def writable(size: int, name: str = "rkvlmd-rows") -> tuple[int, mmap.mmap]:

@@ -118,17 +118,9 @@ class PrepRole:
         try:
             built = []
             for view, array in zip(prepared.plan.views, prepared.tensors, strict=True):
-                fd, tensor = memfd.from_array(array, "rkvlmd-pixels")
+                fd, shown = memfd.from_view(view, array)
                 fds.append(fd)
-                built.append(
-                    child.View(
-                        encoder=view.encoder,
-                        tensor=tensor,
-                        tokens=view.tokens,
-                        patches=view.patches,
-                        grid=view.grid,
-                    )
-                )
+                built.append(shown)
             send(
                 child.PictureDone(
                     id=order.id,

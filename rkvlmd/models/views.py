@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from rkvlmd.models import assembly, families, geometry
@@ -42,14 +43,17 @@ class Plan(NamedTuple):
     @property
     def places(self) -> tuple[int, ...]:
         """Image tokens of each place that ``layout`` numbers."""
-        if self.tiles is not None:
-            return (self.block,)
-        return tuple(view.tokens for view in self.views)
+        return places((view.tokens for view in self.views), self.tiles, self.block)
 
     @property
     def tokens(self) -> int:
         """Image tokens of the whole picture."""
         return sum(self.places)
+
+
+def places(tokens: Iterable[int], tiles: tuple[int, int] | None, block: int) -> tuple[int, ...]:
+    """Return the image tokens of each place: one a view, or one ``block`` of all that are tiled."""
+    return tuple(tokens) if tiles is None else (block,)
 
 
 def plan(manifest: Manifest, width: int, height: int, detail: Detail = "auto") -> Plan:

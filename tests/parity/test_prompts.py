@@ -83,8 +83,9 @@ def ours(case: Case, folder: Path, talk: Any) -> list[int]:
     return made.tokens
 
 
-def theirs(case: Case, made: Tokenizer, talk: Any) -> list[int]:
-    messages = [
+def messages_of(talk: Any) -> list[dict[str, Any]]:
+    """Return a talk as the processors of transformers take it."""
+    return [
         {
             "role": role,
             "content": [
@@ -94,6 +95,10 @@ def theirs(case: Case, made: Tokenizer, talk: Any) -> list[int]:
         }
         for role, parts in talk
     ]
+
+
+def theirs(case: Case, made: Tokenizer, talk: Any) -> list[int]:
+    messages = messages_of(talk)
     pictures = [files.opened(part) for _, parts in talk for part in parts if isinstance(part, int)]
     processor = whole_processor(case, made)
     template = families.get(case.family).template

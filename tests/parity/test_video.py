@@ -245,16 +245,7 @@ def test_the_prompt_is_the_processors(name: str, talk: Any, tmp_path: Path) -> N
     processor = prompts.whole_processor(known, made)
     processor.video_processor = Videos(name, talk)
     template = families.get(known.family).template.replace("image_pad", "video_pad")
-    messages = [
-        {
-            "role": role,
-            "content": [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                for part in parts
-            ],
-        }
-        for role, parts in talk
-    ]
+    messages = prompts.messages_of(talk)
     text = processor.apply_chat_template(
         messages, chat_template=template, add_generation_prompt=True
     )

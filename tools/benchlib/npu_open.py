@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from . import load, process, simulated, trace
+from . import load, photos, process, simulated, trace
 from .chatload import Answer, Request, ask
 from .figures import BenchError, Figure, percentile, significant
 from .npu_load import Options
@@ -243,17 +243,20 @@ def leavers(options: Options) -> list[Figure]:
 
 
 async def _leave(made: Board, count: int) -> dict[int, Answer]:
-    """Have them come and leave so that each phase is left by some: a short queue all the time."""
+    """Have them come and leave so that each phase is left by some: a short queue all the time.
+
+    Every fourth one brings a picture of its own.
+    """
     rng = random.Random(5)
-    job = (made.times.decode * TOKENS + made.times.prefill * 60) / 1000
+    times = made.times
+    job = (times.decode * TOKENS + times.prefill * 100 + times.encode / 4) / 1000
     found: dict[int, Answer] = {}
 
     async def one(client: int, comes: float, after: float) -> None:
         await trio.sleep(comes)
-        body = {
-            "messages": [turn(f"client {client:04d} says something short", size=(1, 1))],
-            "max_tokens": TOKENS,
-        }
+        own = [client] if client % 4 == 0 else []
+        said = turn(f"client {client:04d} says something short", *own, size=photos.SMALL)
+        body = {"messages": [said], "max_tokens": TOKENS}
         request = Request(body, "leaver", client % ADDRESSES, leave=after)
         found[client] = await ask(made.target, request)
 
@@ -268,8 +271,8 @@ async def _leave(made: Board, count: int) -> dict[int, Answer]:
 def _overtime(events: list[dict[str, Any]], answers: dict[int, Answer]) -> dict[int, float]:
     """Milliseconds for which the NPU worked for a client after that had left, by client.
 
-    A prefill in flight cannot be interrupted: what it takes does not count. One
-    that began later does.
+    An encode or a prefill in flight cannot be interrupted: what it takes does
+    not count. A prefill that began later does.
     """
     runs: list[tuple[int, int]] = []
     for event in events:
@@ -282,7 +285,8 @@ def _overtime(events: list[dict[str, Any]], answers: dict[int, Answer]) -> dict[
         gone = answers[client].gone
         if gone is None:
             continue
-        mine = [j for j in jobs if began <= j["begin"] < after[0]]
+        # An encode in between is for whoever comes next.
+        mine = [j for j in jobs if began <= j["begin"] < after[0] and j["what"] != "encode"]
         left = gone * 1e9
         flying = [j["end"] for j in mine if j["what"] == "prefill" and j["begin"] <= left]
         since = max(left, *flying, 0)
