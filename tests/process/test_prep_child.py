@@ -319,3 +319,20 @@ def test_a_command_line_that_is_none(words: list[str]) -> None:
     )
     assert run.returncode == 2
     assert "what is" in run.stderr
+
+
+def test_what_stays_is_not_looked_at_again() -> None:
+    program = """
+import gc
+from rkvlmd.engine import heap
+
+kept = [[] for _ in range(1000)]
+heap.give_back()
+print(gc.get_freeze_count(), len(gc.get_objects()))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    frozen, left = map(int, run.stdout.split())
+    assert frozen > 1000
+    assert left < 100

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -522,3 +524,26 @@ def test_configuration_files_of_any_content_are_read(
         for key, value in tree.items():
             if key in {"width", "height", "tokens", "outputs"}:
                 assert value >= 1
+
+
+def test_no_code_knows_a_model_by_its_name() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        words = set(re.findall(r"[A-Za-z0-9._-]+", _code(path)))
+        assert not words & set(CATALOGUE), path
+
+
+def _code(path: Path) -> str:
+    """Return a module's strings; those that document it may give examples."""
+    tree = ast.parse(path.read_text())
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return "\n".join(
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+    )
