@@ -12,6 +12,7 @@ import signal
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ PREP_IDLE = 3.0
 MOST_LATE = 300.0
 #: Pause between two looks in the soak, seconds.
 LOOK_SECONDS = 5.0
+#: The first part of the soak that does not count, as one of so many: until then caches fill, and
+#: the C library's and Python's heaps find their size.
+SETTLING = 4
+#: Parts into which what counts is cut, and Student's t of so many: two sides, 95 %, 8 degrees.
+BLOCKS = 10
+STUDENT = 2.31
 #: One of so many works of each kind fails in the soak.
 FAULTS = "segv@decode:every=400:times=1000;fail@prefill:every=150:times=1000;none@encode:every=90:times=1000"
 
@@ -124,21 +131,26 @@ def soak(options: Options) -> list[Figure]:
     detail = simulated.describe(made.times) | {
         "minutes": minutes, "faults": FAULTS, "looks": len(looks), "load": load.summary(done)
     }  # fmt: skip
-    # The first tenth, in which caches fill, does not count.
-    looks = looks[len(looks) // 10 :]
-    for name, unit, divide in (
-        ("descriptors", "", 1.0), ("tasks", "", 1.0), ("pss", "MB", _MB), ("tree_pss", "MB", _MB)
-    ):  # fmt: skip
+    detail["settling_minutes"] = minutes / SETTLING
+    looks = looks[len(looks) // SETTLING :]
+    for name, words, unit, divide in (
+        ("descriptors", "descriptors", "", 1.0),
+        ("tasks", "tasks", "", 1.0),
+        ("anonymous", "anonymous memory of the daemon", "MB", _MB),
+        ("pss", "PSS of the daemon", "MB", _MB),
+        ("tree_pss", "PSS of all processes", "MB", _MB),
+    ):
         points = [(at / 3600, look[name] / divide) for at, look in looks]
         slope, error = slope_of(points)
         values = [value for _, value in points]
         figures.append(
             Figure(
-                f"soak of {minutes:g} minutes: {name.replace('_', ' ')} an hour", slope, unit,
-                most=significant(max(2 * error, 1e-9)),
+                f"soak of {minutes:g} minutes: {words}, an hour", slope, unit,
+                most=significant(max(STUDENT * error, 1e-9)),
                 detail=detail | {
                     "noise": significant(error), "first": significant(values[0]),
                     "last": significant(values[-1]), "most": significant(max(values)),
+                    "parts": [significant(level, 4) for _, level in blocks_of(points)],
                 },
             )
         )  # fmt: skip
@@ -177,23 +189,50 @@ def _look(made: Board, tasks: Path) -> dict[str, float]:
     return {
         "descriptors": process.descriptors(made.daemon.pid),
         "tasks": count,
+        "anonymous": held["daemon"].anonymous,
         "pss": held["daemon"].pss,
         "tree_pss": sum(memory.pss for memory in held.values()),
     }
 
 
 def slope_of(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Return slope and standard error of the straight line through some points (least squares)."""
+    """Return the mean growth from block to block, and its standard error, both in y per x.
+
+    Memory comes in steps and stays: two looks after each other say nearly the
+    same, so they are no independent samples, and the standard error of a line
+    through all of them, which takes them for such, is many times too small (of
+    a random walk: by the root of a fifteenth of their number). Growths from one
+    of ``BLOCKS`` equal parts to the next are nearly independent, for a walk as
+    for steps. So one step in an hour, however high, is noise, for its growth
+    was in one part alone; what grows in most parts is a slope. Noise around a
+    constant level counts up to three times as much as it should, which the
+    averaging within a block makes up for.
+
+    Raises:
+      BenchError: fewer than three points, or all of one moment.
+
+    """
     if len(points) < 3:
         raise BenchError("there are too few points for a slope")
-    x, y = [p[0] for p in points], [p[1] for p in points]
-    middle, level = statistics.fmean(x), statistics.fmean(y)
-    wide = sum((a - middle) ** 2 for a in x)
+    blocks = blocks_of(points)
+    wide = blocks[-1][0] - blocks[0][0]
     if wide == 0:
         raise BenchError("all points are of one moment")
-    slope = sum((a - middle) * (b - level) for a, b in points) / wide
-    rest = sum((b - level - slope * (a - middle)) ** 2 for a, b in points)
-    return slope, (rest / (len(points) - 2) / wide) ** 0.5
+    slope = (blocks[-1][1] - blocks[0][1]) / wide
+    rest = [(b[1] - a[1]) - slope * (b[0] - a[0]) for a, b in pairwise(blocks)]
+    spread = (sum(value**2 for value in rest) / (len(rest) - 1)) ** 0.5
+    return slope, spread * len(rest) ** 0.5 / wide
+
+
+def blocks_of(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the means of ``BLOCKS`` equal parts, or all points where there are fewer."""
+    count = min(BLOCKS, len(points))
+    cuts = [len(points) * number // count for number in range(count + 1)]
+    return [
+        (statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part))
+        for begin, end in pairwise(cuts)
+        for part in [points[begin:end]]
+    ]
 
 
 # --- where the time goes ---------------------------------------------------------------

@@ -140,12 +140,12 @@ def conversation(options: Options) -> list[Figure]:
 
 
 def busy(options: Options) -> list[Figure]:
-    """NPU busy against a bare loop: 16 clients with a fresh 12 MP picture each, and one client."""
+    """NPU busy against a bare loop: 16 clients with fresh 12 MP pictures, two each, and one client."""
     many, few = options.some(16, 2), options.some(12, 2)
     shape = Shape(tokens=32, size=options.size)
     with board(scale=options.speed) as made:
-        _draw(shape, many + few)
-        crowd, work = load.Plan(clients=many, requests=many), Work("fresh", shape)
+        _draw(shape, 2 * many + few)
+        crowd, work = load.Plan(clients=many, requests=2 * many), Work("fresh", shape)
         made.trace.mark()
         first = trio.run(load.run, made.target, work, crowd)
         jobs = made.trace.events()

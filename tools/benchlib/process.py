@@ -34,12 +34,15 @@ class Memory:
     """One process's memory in bytes.
 
     ``pss`` divides what processes share by their number, ``rss`` counts it in
-    full, ``private`` not at all.
+    full, ``private`` not at all. ``anonymous`` is the part of ``pss`` that is in
+    no file: the process's own data, which do not move when others that share
+    its libraries come and go.
     """
 
     pss: int
     rss: int
     private: int
+    anonymous: int
 
 
 @contextmanager
@@ -89,7 +92,13 @@ def memory(pid: int) -> Memory:
     for line in lines:
         key, _, value = line.partition(":")
         found[key] = int(value.split()[0]) * 1024
-    return Memory(found["Pss"], found["Rss"], found["Private_Clean"] + found["Private_Dirty"])
+    return Memory(
+        pss=found["Pss"],
+        rss=found["Rss"],
+        private=found["Private_Clean"] + found["Private_Dirty"],
+        # Kernels before 5.3 do not divide it; what is shared of it is next to nothing.
+        anonymous=found.get("Pss_Anon", found["Anonymous"]),
+    )
 
 
 def children(pid: int) -> dict[str, int]:
