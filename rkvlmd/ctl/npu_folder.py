@@ -226,7 +226,7 @@ def in_order(towers: Sequence[Tower], template: Template) -> tuple[Tower, ...]:
 
 def _undecided(found: Found, towers: Sequence[Tower], verdict: Verdict) -> UndecidedError:
     fit = [c for c in verdict.others if not c.wrong]
-    head = "several models fit" if fit else "no model of the catalogue fits"
+    head = verdict.why or ("several models fit" if fit else "no model of the catalogue fits")
     lines = [f"{found.path}: {head}; {found.says()}"]
     lines += [f"  {t.file} {t.says()}" for t in towers]
     for candidate in verdict.others[:_LISTED]:

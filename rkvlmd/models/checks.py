@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from rkvlmd.models import assembly, families
+from rkvlmd.models import assembly, families, rkllm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 #: The last IOMMU domain that the NPU's driver has (0.9.8), and the longest context of RKLLM.
 MAX_DOMAIN, MAX_RKLLM_CONTEXT = 15, 16384
+#: ``CPU0`` to ``CPU7`` of rkllm.h, and ``NPU_CORE_ALL`` of rknn-toolkit-lite2.
+MAX_CPU_MASK, MAX_CORE_MASK = 0xFF, 0xFFFF
+#: Largest factor of a LoRA adapter; usual ones are around 1.
+MAX_SCALE = 1000
+#: Largest finite float32.
+MAX_FLOAT = 3.4e38
+#: Longest side of an encoder's input, pixels; the published ones have up to 1024.
+MAX_SIDE = 1 << 14
 #: Most tiles of one picture; the published models cut 12 or fewer, SmolVLM up to 64.
 MAX_TILES = 64
 #: Rules that make several views of a picture.
@@ -37,6 +45,10 @@ def problems(m: Manifest, named: Mapping[str, File]) -> list[str]:
             )
         if any(s <= 0 for s in encoder.std):
             problems.append(f"encoders[{i}].std: must be above 0")
+        if max(encoder.width, encoder.height) > MAX_SIDE:
+            problems.append(f"encoders[{i}].width, .height: must be at most {MAX_SIDE} pixels")
+        if (encoder.core_mask or 0) > MAX_CORE_MASK:
+            problems.append(f"encoders[{i}].core_mask: must be at most {MAX_CORE_MASK:#x}")
         if encoder.tokens >= m.decoder.context:
             problems.append(f"encoders[{i}].tokens: do not fit decoder.context")
         if max(encoder.resize.fill) > 255:
@@ -197,11 +209,24 @@ def _check_rkllm(m: Manifest) -> list[str]:
             f"decoder.cpu_mask: has {decoder.cpu_mask.bit_count()} CPUs, but decoder.npu_cores is"
             f" {decoder.npu_cores}"
         )
+    # What does not fit the library's fields would arrive as another number.
+    if (decoder.cpu_mask or 0) > MAX_CPU_MASK:
+        problems.append(f"decoder.cpu_mask: must be at most {MAX_CPU_MASK:#x}, one bit a CPU")
+    if decoder.n_keep is not None and not -1 <= decoder.n_keep <= decoder.context:
+        problems.append("decoder.n_keep: must be from -1 to decoder.context")
+    if decoder.prompt_cache:
+        problems += _check_prompt_cache(decoder.prompt_cache)
     if decoder.iommu_domain is not None and decoder.iommu_domain > MAX_DOMAIN:
         problems.append(f"decoder.iommu_domain: must be at most {MAX_DOMAIN}")
     if decoder.context > MAX_RKLLM_CONTEXT:
         problems.append(f"decoder.context: must be at most {MAX_RKLLM_CONTEXT} for rkllm")
     problems += _check_library_views(m)
+    problems += [
+        f"decoder.adapters[{i}].scale: must be from -{MAX_SCALE} to {MAX_SCALE}, and not nearer to"
+        f" 0 than {rkllm.LEAST:g} unless it is 0"
+        for i, adapter in enumerate(decoder.adapters)
+        if adapter.scale and not rkllm.LEAST <= abs(adapter.scale) <= MAX_SCALE
+    ]
     if len({adapter.name for adapter in decoder.adapters}) < len(decoder.adapters):
         problems.append("decoder.adapters: two have the same name")
     if decoder.adapters and decoder.prompt_cache:
@@ -216,11 +241,26 @@ def _check_rkllm(m: Manifest) -> list[str]:
     return problems
 
 
+def _check_prompt_cache(text: str) -> list[str]:
+    """Check that the library finds no place of a picture in a text that goes there as it is."""
+    from rkvlmd.models import prompt  # knows the manifest, and so must come after it
+
+    return [
+        f"decoder.prompt_cache: must not hold {place}, which librkllmrt takes for a picture or sound"
+        for place in prompt.RKLLM_PLACES
+        if place in text
+    ]
+
+
 def _check_cross_attention(m: Manifest) -> list[str]:
     shape = m.decoder.cross_attention
     if shape is None:
         return []
     problems = []
+    if not abs(shape.mask) <= MAX_FLOAT:
+        problems.append(
+            f"decoder.cross_attention.mask: must be from -{MAX_FLOAT:g} to {MAX_FLOAT:g}"
+        )
     floats = shape.layers * shape.kv_heads * shape.head_dim
     for i, encoder in enumerate(m.encoders):
         if (encoder.engine, encoder.outputs, encoder.embedding) != ("rknn", 2, floats):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import Any, Literal
 
 from rkvlmd.models.templates import Template
@@ -91,11 +93,38 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``chosen`` fits best, if exactly one does; ``others`` fit as well, or are nearest if none does."""
+    """``chosen`` fits best, if exactly one does; ``others`` fit as well, or are nearest if none does.
+
+    ``why`` says by what it was chosen; without one, what speaks against that which fits.
+    """
 
     chosen: Candidate | None
     others: tuple[Candidate, ...] = ()
     why: str = ""
+
+
+@lru_cache(maxsize=512)
+def _pattern(glob: str) -> re.Pattern[str]:
+    """Return a glob as a pattern whose stars do not cut a number or a word in two.
+
+    ``*qwen3-4b*`` is about ``qwen3-4b_w8a8`` and not about ``qwen3-4bit-14b``,
+    ``*vl3*1b*`` not about ``vl3-11b``.
+    """
+    parts = glob.split("*")
+    last = len(parts) - 1
+    made = ""
+    for i, part in enumerate(parts):
+        if i and part[:1].isdigit():
+            made += r"(?<!\d)"
+        made += translate(part)[:-2]  # less the end
+        if i < last:
+            made += (r"(?![a-z0-9])" if part[-1:].isalnum() else "") + ".*"
+    return re.compile(made, re.DOTALL)
+
+
+def hints(template: Template, name: str) -> bool:
+    """Return whether a name, in lower case, is one that the model's files usually have."""
+    return any(_pattern(glob).fullmatch(name) for glob in template.match.names)
 
 
 def judge(candidate: Template, folder: Folder) -> Candidate:
@@ -112,7 +141,7 @@ def judge(candidate: Template, folder: Folder) -> Candidate:
         for tower in folder.towers:
             seen = seen or tower.outputs is not None or tower.embedding is not None
             wrong += [(key, f"{tower.file}: {text}") for key, text in _tower(candidate, tower)]
-    hinted = any(fnmatchcase(name, glob) for glob in match.names for name in folder.names())
+    hinted = any(hints(candidate, name) for name in folder.names())
     about = frozenset(key for key, _ in wrong)
     return Candidate(candidate, tuple(text for _, text in wrong), about, seen, hinted)
 
@@ -157,7 +186,8 @@ def choose(
     """Return the model that a folder of ``.rkllm`` and ``.rknn`` files holds.
 
     What the files say decides; where that leaves several, or says nothing,
-    names do. ``family`` and ``model`` are the owner's word: with ``model``
+    names do. Names that speak of another model than the files do leave it to
+    the owner. ``family`` and ``model`` are the owner's word: with ``model``
     that one is taken even if the files say otherwise (``wrong`` then tells).
     """
     judged = [judge(t, folder) for t in templates if not t.variant_of or t.model == model]
@@ -175,6 +205,29 @@ def choose(
         or (not wants and (c.hinted or kind in c.template.match.model_types))
     ]
     fit = _closest([c for c in judged if not c.wrong], folder)
+    found = _pick(fit, judged, folder, family)
+    if family is None and found.chosen is not None:
+        others = _named(judged, found.chosen, folder)
+        if others:
+            why = (
+                f"the files fit {found.chosen.template.title}, but names speak of "
+                + " and ".join(c.template.title for c in others)
+            )
+            return Verdict(None, (found.chosen, *others), why)
+    return found
+
+
+def _named(judged: list[Candidate], chosen: Candidate, folder: Folder) -> list[Candidate]:
+    """Return the models that a name of the folder's is about, and not about the chosen one."""
+    against = [n for n in folder.names() if not hints(chosen.template, n)]
+    return [c for c in judged if c is not chosen and any(hints(c.template, n) for n in against)]
+
+
+def _pick(
+    fit: list[Candidate], judged: list[Candidate], folder: Folder, family: str | None
+) -> Verdict:
+    """Return the best of those that ``fit``, or those of ``judged`` that come near."""
+    kind = folder.config.get("model_type")
     hinted = [c for c in fit if c.hinted]
     if any(c.seen for c in fit):
         if len(fit) == 1:

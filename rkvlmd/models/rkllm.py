@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from rkvlmd.models.manifest import Manifest
+if TYPE_CHECKING:
+    from rkvlmd.models.manifest import Manifest
 
 
 class Asked(Protocol):
@@ -40,20 +41,57 @@ class Asked(Protocol):
         """0 is off."""
 
 
+#: More tokens than any vocabulary has: there, "off" is a limit that never bites.
+ALL_TOKENS = 1 << 20
+#: Temperatures below this are greedy, as on the CPU engine (``engine.sampling``).
+GREEDY_BELOW = 1e-4
+#: Least ``top_p``, penalty that multiplies, and scale of an adapter: the library's floats have 32
+#: bits, and what is much nearer to 0 would arrive as 0, which ends the process.
+LEAST = 1e-6
+
+
+class Terms(NamedTuple):
+    """``Asked`` in numbers that the library's fields hold: int32 and float32."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+
+
+def terms(asked: Asked) -> Terms:
+    """Return what the library gets of a request; ``temperature`` 0 is greedy."""
+    return Terms(
+        temperature=asked.temperature if asked.temperature >= GREEDY_BELOW else 0.0,
+        top_k=asked.top_k if 0 < asked.top_k < ALL_TOKENS else ALL_TOKENS,
+        top_p=max(asked.top_p, LEAST),
+        repetition_penalty=max(asked.repetition_penalty, LEAST),
+        frequency_penalty=_signed(asked.frequency_penalty),
+        presence_penalty=_signed(asked.presence_penalty),
+    )
+
+
+def _signed(penalty: float) -> float:
+    return penalty if abs(penalty) >= LEAST else 0.0
+
+
 _FILTERS = ("temperature", "top_k", "top_p")
 _PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
 def differences(asked: Asked, given: Asked) -> list[str]:
     """Return the sampling parameters that would change an answer from what ``given`` makes it."""
-    greedy = (asked.temperature <= 0, given.temperature <= 0)
+    new, old = terms(asked), terms(given)
+    greedy = (new.temperature == 0, old.temperature == 0)
     if greedy == (True, True):
         names: tuple[str, ...] = ()
     elif greedy == (False, False):
         names = _FILTERS
     else:
         names = ("temperature",)
-    return [n for n in (*names, *_PENALTIES) if getattr(asked, n) != getattr(given, n)]
+    return [n for n in (*names, *_PENALTIES) if getattr(new, n) != getattr(old, n)]
 
 
 def without_effect(
@@ -68,7 +106,7 @@ def without_effect(
     if manifest.decoder.engine != "rkllm":
         return []
     found = [] if seed is None else ["seed"]
-    if asked.min_p > 0 and asked.temperature > 0:
+    if asked.min_p > 0 and asked.temperature >= GREEDY_BELOW:
         found.append("min_p")
     versions = manifest.decoder.runtime_versions
     fixed = bool(versions) and all(v.startswith("1.2") for v in versions)

@@ -59,7 +59,8 @@ class Match(_Strict, frozen=True, kw_only=True):
     ``sizes`` (width, height in pixels) are those of published encoders, the
     first is assumed where a file does not tell; other sizes are possible if
     they are multiples of ``multiple``. ``names`` are globs over the names of
-    files and folder, lower case: hints between models that look alike.
+    files and folder, lower case: hints between models that look alike. Their
+    ``*`` do not cut a number or a word in two: ``*-4b*`` is not ``-4bit``.
     ``model_types`` are those of ``config.json``; ``embedding`` is there the
     ``hidden_size`` of the text model. ``tile`` is the size of the second
     encoder, for the tiles of a picture (rule ``base_tiles``).

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.process
 RED, BLUE, GREEN = (200, 30, 30), (30, 30, 200), (10, 220, 40)
 CATALOGUE, _ = templates.load([ROOT / "etc" / "models.d"])
 MODELS = (
-    "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "qwen3.5-0.8b", "internvl3-1b", "smolvlm-256m",
+    "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "qwen3.5-0.8b", "internvl3-1b",
+    "internvl3-2b", "internvl3.5-2b", "smolvlm-256m",
     "deepseek-ocr", "minicpm-v-2.6", "janus-pro-1b", "gemma3-4b", "fastvlm-0.5b", "llava-1.5-7b",
 )  # fmt: skip
 

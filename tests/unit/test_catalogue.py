@@ -18,7 +18,7 @@ from rkvlmd.ctl import placing
 from rkvlmd.errors import ManifestError
 from rkvlmd.models import building, families, manifest, published, templates, views
 from rkvlmd.models.building import Parts, Text
-from rkvlmd.models.matching import Candidate, Folder, Tower, by_config, choose, judge
+from rkvlmd.models.matching import Candidate, Folder, Tower, by_config, choose, hints, judge
 from rkvlmd.models.templates import Template
 from tests.house.tree import PACKAGE, ROOT
 from tests.parity.cases import CASES, Case
@@ -28,7 +28,7 @@ EVERY = pytest.mark.parametrize("template", CATALOGUE.values(), ids=list(CATALOG
 #: What must be there.
 WANTED = {
     "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "qwen3-vl-4b", "qwen3.5-0.8b", "qwen3.5-2b",
-    "internvl3-1b", "internvl3.5-1b", "smolvlm-256m", "smolvlm-500m", "smolvlm2-256m",
+    "internvl3-1b", "internvl3-2b", "internvl3.5-1b", "internvl3.5-2b", "smolvlm-256m", "smolvlm-500m", "smolvlm2-256m",
     "smolvlm2-500m", "internvl3-1b-tiles", "internvl3.5-1b-tiles", "deepseek-ocr", "deepseek-ocr-tiles", "minicpm-v-2.6", "minicpm-v-2.6-slices", "janus-pro-1b", "gemma3-4b", "gemma3n-e2b",
     "clip-vit-base-patch32", "clip-vit-large-patch14", "gemma4-e2b", "fastvlm-0.5b", "llava-1.5-7b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b",
 }  # fmt: skip
@@ -231,6 +231,26 @@ def test_what_the_encoder_says_is_enough_or_names_decide(template: Template) -> 
     assert named.chosen.template is template
 
 
+@pytest.mark.parametrize(
+    ("folder", "size", "model"),
+    [
+        ("InternVL3.5-2B-rk3588", 2048, "internvl3.5-2b"),
+        ("InternVL3-2B-rk3588", 1536, "internvl3-2b"),
+        ("Qwen2.5-VL-3B-Instruct-448", 2048, "qwen2.5-vl-3b"),
+        ("InternVL2_5-2B", 2048, None),
+    ],
+)
+def test_an_encoder_of_448_pixels_and_256_rows_is_not_qwens_alone(
+    folder: str, size: int, model: str | None
+) -> None:
+    """Qwen's encoders of that size look like InternVL's: who is neither is not taken for one."""
+    file = Tower("vision_rk3588.rknn", "rknn", 448, 448, 256, size, 1)
+    found = choose(NPU, Folder(folder, (file,), ("language_w8a8_rk3588.rkllm",)))
+    assert (found.chosen.template.model if found.chosen else None) == model
+    if model is None:
+        assert {c.template.model for c in found.others} == {"internvl3.5-2b", "qwen2.5-vl-3b"}
+
+
 def test_which_models_look_alike_is_known() -> None:
     alike = set()
     for one in SEEING:
@@ -240,6 +260,7 @@ def test_which_models_look_alike_is_known() -> None:
             alike.add(tuple(sorted(fit)))
     assert alike == {
         ("smolvlm-256m", "smolvlm2-256m"), ("smolvlm-500m", "smolvlm2-500m"),
+        ("internvl3-2b", "qwen2-vl-2b"), ("internvl3.5-2b", "qwen2.5-vl-3b"),
     }  # fmt: skip
 
 
@@ -283,6 +304,62 @@ def test_names_alone_decide_where_files_say_nothing() -> None:
     unnamed = choose(NPU, Folder("x", (silent,), ("a.rkllm",)))
     assert unnamed.chosen is None
     assert len(unnamed.others) == len(SEEING)
+
+
+@pytest.mark.parametrize(
+    ("glob", "name", "about"),
+    [
+        ("*qwen3-4b*", "qwen3-4b_w8a8_rk3588.rkllm", True),
+        ("*qwen3-4b*", "my-qwen3-4b", True),
+        ("*qwen3-4b*", "qwen3-4bit-14b.rkllm", False),
+        ("*qwen3-4b*", "qwen3-4b2.rkllm", False),
+        ("*qwen3-vl*2b*", "qwen3-vl-2b-instruct.rkllm", True),
+        ("*qwen3-vl*2b*", "qwen3-vl-instruct_2b.rkllm", True),
+        ("*qwen3-vl*2b*", "qwen3-vl-32b.rkllm", False),
+        ("*qwen3-vl*2b*", "qwen3-vlm-2b.rkllm", False),
+        ("*gemma-3n*2b*", "gemma-3n-e2b-it.rkllm", True),
+        ("x?[ab]*", "x1a-2", True),
+        ("x?[ab]*", "x1c", False),
+        ("plain", "plain", True),
+        ("plain", "plainer", False),
+    ],
+)
+def test_stars_of_names_do_not_cut_words(glob: str, name: str, about: bool) -> None:
+    template = CATALOGUE["qwen3-vl-2b"]
+    match = msgspec.structs.replace(template.match, names=(glob,))
+    assert hints(msgspec.structs.replace(template, match=match), name) is about
+
+
+def test_names_that_say_something_else_are_listed() -> None:
+    """Qwen3-VL-2B without its other outputs looks like Qwen3.5-2B."""
+    one = replace(tower(CATALOGUE["qwen3-vl-2b"]), outputs=1)
+    for folder, file in (
+        ("Qwen3-VL-2B-Instruct", "language.rkllm"),
+        ("download", "Qwen3-VL-2B-Instruct_w8a8_rk3588.rkllm"),
+        ("Qwen3.5-2B", "Qwen3-VL-2B-Instruct_w8a8_rk3588.rkllm"),
+    ):
+        files = Folder(folder, (one,), (file,))
+        found = choose(NPU, files)
+        assert found.chosen is None
+        assert [c.template.model for c in found.others] == ["qwen3.5-2b", "qwen3-vl-2b"]
+        assert [bool(c.wrong) for c in found.others] == [False, True]
+        # The owner's word goes over that.
+        for said in ({"family": "qwen3_5"}, {"model": "qwen3.5-2b"}):
+            chosen = choose(NPU, files, **said).chosen
+            assert chosen is not None
+            assert chosen.template.model == "qwen3.5-2b"
+    # A name of the same model, or of the text model inside, is no other one.
+    for folder, file in (("x", "qwen3.5-2b.rkllm"), ("Qwen3.5-2B", "qwen3-1.7b.rkllm")):
+        chosen = choose(NPU, Folder(folder, (one,), (file,))).chosen
+        assert chosen is not None
+        assert chosen.template.model == "qwen3.5-2b"
+
+
+def test_text_models_that_are_called_alike_are_not_taken() -> None:
+    assert choose(NPU, Folder("x", (), ("qwen3-4bit-14b.rkllm",))).chosen is None
+    both = choose(NPU, Folder("Qwen3-4B", (), ("Qwen3-1.7B.rkllm",)))
+    assert both.chosen is None
+    assert {c.template.model for c in both.others} == {"qwen3-4b", "qwen3-1.7b"}
 
 
 def test_text_models_go_by_their_names() -> None:

@@ -235,6 +235,24 @@ def test_several_models_that_fit_are_listed_and_names_or_the_owner_decide(
     assert "names decide" in said["why"]
 
 
+def test_names_that_speak_of_another_model_are_not_overruled(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "download"
+    published.rkllm(source / "Qwen3-VL-2B-Instruct_w8a8_rk3588.rkllm")
+    published.rknn(source / "vision.rknn", 448, 448, tokens=196, embedding=2048)
+    error = failed(capsys, "import", source, "--models", models)
+    assert error["code"] == "undecided"
+    assert [(c["model"], c["fits"]) for c in error["candidates"]] == [
+        ("qwen3.5-2b", True), ("qwen3-vl-2b", False),
+    ]  # fmt: skip
+    assert "the files fit Qwen3.5-2B, but names speak of Qwen3-VL-2B" in error["message"]
+    assert "vision.rknn: 4 output(s), the file has 1" in error["message"]
+    assert listed(models) == {}
+    _, said = run(capsys, "import", source, "--models", models, "--model", "qwen3.5-2b")
+    assert said["from"] == "qwen3.5-2b"
+
+
 def test_an_encoder_of_no_known_model_is_told_with_what_is_nearest(
     tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
