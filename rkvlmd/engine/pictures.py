@@ -1,4 +1,4 @@
-"""Untrusted picture bytes to an encoder's input: limits, decoding, colours, orientation."""
+"""Untrusted picture bytes to an encoder's input: limits, decoding, orientation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from PIL import GifImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from rkvlmd.engine import resample
+from rkvlmd.engine import colours, resample, webp
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import geometry
 from rkvlmd.models.manifest import Encoder
@@ -63,6 +62,20 @@ class Views:
     """One tensor for each view of ``plan``; sizes are of the upright original, pixels."""
 
     tensors: list[npt.NDArray[Any]]
+    plan: Plan
+    width: int
+    height: int
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """``Views`` whose tensors are made one by one: each is valid until the next is asked for.
+
+    To ask for one raises what ``prepare_views`` raises.
+    """
+
+    tensors: Iterator[npt.NDArray[Any]]
     plan: Plan
     width: int
     height: int
@@ -159,6 +172,38 @@ def prepare_views(
     return Views(tensors, plan, size[0], size[1], kind.lower())
 
 
+def stream_views(
+    data: bytes,
+    planner: Planner,
+    encoders: Sequence[Encoder],
+    limits: Limits,
+    *,
+    exact: bool = False,
+) -> Stream:
+    """Do what ``prepare_views`` does with memory for one tensor of each size.
+
+    The picture is decoded at once.
+
+    Raises:
+      RkvlmdError: each way in which the file is no picture within the limits.
+
+    """
+    with _reading(data, limits) as kind:
+        image, size, plan = _decode(data, kind, planner, limits, exact=exact)
+    made = resample.inputs_in_turn(image, plan.views, encoders, exact=exact)
+    return Stream(_told(made, kind), plan, size[0], size[1], kind.lower())
+
+
+def _told(tensors: Iterator[npt.NDArray[Any]], kind: str) -> Iterator[npt.NDArray[Any]]:
+    """Make tensors; what goes wrong with those, and not with who asks, is the picture's fault."""
+    while True:
+        with _telling(kind):
+            tensor = next(tensors, None)
+        if tensor is None:
+            return
+        yield tensor
+
+
 def frame_pixels(
     data: bytes, planner: Planner, encoder: Encoder, limits: Limits, *, exact: bool = False
 ) -> tuple[resample.Pixels, View]:
@@ -183,7 +228,7 @@ def upright_size(data: bytes, limits: Limits) -> tuple[int, int]:
     """
     with _reading(data, limits) as kind:
         if kind == "WEBP":
-            _check_size(_webp_size(data), limits)
+            _check_size(webp.canvas(data), limits)
         with _open(data, kind) as image:
             _check_size(image.size, limits)
             return _upright(image.size, _orientation(image))
@@ -204,11 +249,17 @@ def _reading(data: bytes, limits: Limits) -> Iterator[str]:
             "invalid_image_format",
             "The picture is no JPEG, PNG, WebP or GIF file.",
         )
+    with _telling(kind):
+        yield kind
+
+
+@contextmanager
+def _telling(kind: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # Pillow warns of pictures above its own limit, and of odd files that it can read.
             warnings.simplefilter("ignore")
-            yield kind
+            yield
     except RkvlmdError:
         raise
     except MemoryError:
@@ -228,11 +279,11 @@ def _decode(
     plan = None
     if kind == "WEBP":
         # Its plugin allocates two canvases when it opens the file.
-        _check_size(_webp_size(data), limits)
+        _check_size(webp.canvas(data), limits)
     with _open(data, kind) as image:
         _check_size(image.size, limits)
         size = image.size
-        deep = any("16" in str(tile.args) for tile in image.tile)
+        stored = colours.stored(image)
         if kind == "JPEG":
             orientation = _orientation(image)
             if not exact and isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -245,7 +296,7 @@ def _decode(
             _check_size(image.size, limits)
             size = image.size
             orientation = _orientation(image)
-        rgb = _to_rgb(image, deep=deep)
+        rgb = colours.to_rgb(image, stored)
         if orientation in _TURNS:
             rgb = rgb.transpose(_TURNS[orientation])
     size = _upright(size, orientation)
@@ -290,23 +341,6 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         )
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Read the canvas size (RFC 9649, sections 2.5 to 2.7)."""
-    kind, body = data[12:16], data[20:30]
-    if len(body) < 10:
-        raise ValueError("short header")
-    if kind == b"VP8X":
-        width, height = (int.from_bytes(body[i : i + 3], "little") + 1 for i in (4, 7))
-    elif kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    elif kind == b"VP8 ":
-        width, height = (int.from_bytes(body[i : i + 2], "little") & 0x3FFF for i in (6, 8))
-    else:
-        raise ValueError("unknown kind of WebP")
-    return width, height
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, 1)
@@ -323,34 +357,6 @@ def _draft(image: JpegImagePlugin.JpegImageFile, orientation: int, plan: Plan) -
     target = _upright((max(w for w, _ in firsts), max(h for _, h in firsts)), orientation)
     gap = resample.GAP if math.prod(target) <= resample.LARGE else resample.LARGE_GAP
     image.draft(None, (math.ceil(gap * target[0]), math.ceil(gap * target[1])))
-
-
-def _to_rgb(image: Image.Image, *, deep: bool) -> Image.Image:
-    """Return an RGB picture; what is transparent becomes white."""
-    if image.mode.startswith("I"):
-        return _grey16(image)
-    transparent = image.info.get("transparency")
-    if deep and isinstance(transparent, tuple):
-        # The file's colour has 16 bits a channel, the decoded pixels have the upper 8.
-        image.info["transparency"] = tuple(v >> 8 for v in transparent)
-    if "A" in image.getbands() or transparent is not None:
-        image = image.convert("RGBA") if image.mode != "RGBA" else image
-        alpha = image.getchannel("A")
-        if alpha.getextrema() == (255, 255):
-            return image.convert("RGB")
-        sheet = Image.new("RGB", image.size, (255, 255, 255))
-        sheet.paste(image, mask=alpha)
-        return sheet
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _grey16(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
 
 
 def _name(kind: str) -> str:

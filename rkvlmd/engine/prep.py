@@ -107,7 +107,7 @@ class PrepRole:
             )
             send(known, ())
             return
-        prepared = pictures.prepare_views(
+        prepared = pictures.stream_views(
             data,
             lambda width, height: views.plan(model, width, height, order.detail),
             model.encoders,
@@ -149,13 +149,15 @@ class PrepRole:
             raise RkvlmdError(
                 "server_error", "The conversation needs more memory than one may take."
             ) from None
+        # Of a prompt that does not fit its count is enough: millions of tokens fit into no frame.
+        over = len(made.tokens) > model.decoder.context
         send(
             child.RenderDone(
                 id=order.id,
-                tokens=made.tokens,
-                spans=made.spans,
-                prompt=made.text,
-                count=made.most,
+                tokens=[] if over else made.tokens,
+                spans=[] if over else made.spans,
+                prompt="" if over else made.text,
+                count=len(made.tokens) if over else made.most,
                 thinks=made.thinks,
                 switched=made.switched,
             )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rkvlmd.engine import picture_speed, pictures, resample
+from rkvlmd.engine import colours, picture_speed, pictures, resample
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import geometry, views
 from rkvlmd.models.manifest import Encoder, Resize
@@ -185,6 +185,36 @@ def test_sixteen_bit_colour_and_alpha() -> None:
     assert seen(png(16, 4, deep(grey), (64, 48))) == [WHITE, (32, 32, 32)] * 2
 
 
+def packed(values: np.ndarray, depth: int) -> bytes:
+    """Rows of a grey PNG of 1, 2 or 4 bits, filter type 0 before each."""
+    bits = (values[..., None] >> np.arange(depth - 1, -1, -1)) & 1
+    return b"".join(b"\0" + np.packbits(row.reshape(-1).astype(np.uint8)).tobytes() for row in bits)
+
+
+@pytest.mark.parametrize(
+    ("depth", "high"), [(1, 0), (2, 0), (4, 0), (2, 0x0100), (4, 0xFFF0)]
+)  # bits above those of a pixel do not count
+def test_a_key_of_few_bits(depth: int, high: int) -> None:
+    most = (1 << depth) - 1
+    values = np.full((48, 64), most, np.uint8)
+    values[:, :32] = most // 2  # 0, 1 and 7: none of them is white
+    grey = most // 2 * 255 // most
+    for key, left in ((most // 2, 255), (most, grey), (most - 1, 255 if depth == 1 else grey)):
+        data = png(
+            depth, 0, packed(values, depth), (64, 48), b"tRNS" + struct.pack(">H", key + high)
+        )
+        assert seen(data) == [(left,) * 3, WHITE] * 2
+    assert seen(png(depth, 0, packed(values, depth), (64, 48))) == [(grey,) * 3, WHITE] * 2
+
+
+def test_a_key_of_eight_bits_has_eight() -> None:
+    key = b"tRNS" + struct.pack(">HHH", 0x0120, 0x0130, 0x0140)
+    rows = b"".join(
+        b"\0" + bytes([0x20, 0x30, 0x40] * 32 + [0x20, 0x30, 0x41] * 32) for _ in range(48)
+    )
+    assert seen(png(8, 2, rows, (64, 48), key)) == [WHITE, (0x20, 0x30, 0x41)] * 2
+
+
 TURNS = {
     1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -300,17 +330,52 @@ def test_the_fast_path_of_every_rule(rule: str, size: tuple[int, int]) -> None:
         assert difference.max() < most
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_views_in_turn_are_the_views_in_one_memory(layout: Any, exact: bool) -> None:
+    to = encoder(112, 112, resize=CUTTING["split"], layout=layout, baked=False)
+    data = file(photo(1600, 1200), "JPEG", quality=90)
+
+    def planner(width: int, height: int) -> views.Plan:
+        cuts = geometry.cut(width, height, to).cuts
+        return views.Plan(tuple(views.View(0, cut, 4) for cut in cuts), tuple(range(len(cuts))))
+
+    whole = pictures.prepare_views(data, planner, (to,), LARGE, exact=exact)
+    kept = Image.core.get_blocks_max()
+    turn = pictures.stream_views(data, planner, (to,), LARGE, exact=exact)
+    places = set()
+    for one, other in zip(whole.tensors, turn.tensors, strict=True):
+        assert np.array_equal(one, other)
+        places.add(other.ctypes.data)
+    assert len(whole.tensors) == 13
+    assert len(places) == 1
+    assert Image.core.get_blocks_max() == kept
+
+
+def test_parts_are_resized_as_the_whole() -> None:
+    """Bit by bit: a part resized alone is what would be cut out of the whole."""
+    image = photo(1000, 750)
+    resize = Resize(rule="split", resample="lanczos", longest=1024)
+    sheets = resample.Sheets(image, exact=False)
+    whole = np.asarray(image.resize((1024, 768), Image.Resampling.LANCZOS))
+    for cut in geometry.cut(4000, 3000, encoder(256, 256, resize=resize)).cuts[:-1]:
+        left, top, width, height = cut.place
+        assert sheets._is_cell(cut)
+        found = sheets.pixels(cut, resize)
+        assert np.array_equal(found, whole[top : top + height, left : left + width])
+
+
 @pytest.fixture
 def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The size of each picture as it came out of the decoder."""
     sizes = []
-    real = pictures._to_rgb
+    real = colours.to_rgb
 
-    def spy(image: Image.Image, *, deep: bool) -> Image.Image:
+    def spy(image: Image.Image, stored: str) -> Image.Image:
         sizes.append(image.size)
-        return real(image, deep=deep)
+        return real(image, stored)
 
-    monkeypatch.setattr(pictures, "_to_rgb", spy)
+    monkeypatch.setattr(colours, "to_rgb", spy)
     return sizes
 
 
