@@ -108,6 +108,8 @@ async def main(
             # then, and the loop would stand still for 5 to 15 ms.
             gc.collect()
             gc.freeze()
+            # From here it counts how much is old: with the frozen ones it would seldom come.
+            gc.collect()
             await house.stop.wait()
             log.info("stopping: jobs get %.0f s to end", settings.queue.stop_seconds)
             notify.stopping()
@@ -175,6 +177,8 @@ async def _signals(
             async for number in signals:
                 log.info("%s", signal.Signals(number).name)
                 if number == signal.SIGHUP:
+                    if house.stopping:
+                        continue
                     # Beside the signals: a slow disk must not keep a stop waiting.
                     reloads.start_soon(_reload, house, notify, name="reload")
                     continue
@@ -185,8 +189,12 @@ async def _signals(
 
 async def _reload(house: House, notify: Notify) -> None:
     notify.reloading()
-    await house.reload()
-    if not house.stopping:
+    try:
+        await house.reload()
+    except Exception:  # what serves goes on serving
+        log.exception("the reload failed")
+    # Before both fronts listen there is nothing to be ready with.
+    if house.http_address and not house.stopping:
         notify.ready()
 
 

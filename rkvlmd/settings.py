@@ -51,6 +51,8 @@ def parse(text: str) -> Settings:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise SettingsError([f"not TOML: {exc}"]) from exc
+    except (RecursionError, ValueError) as exc:  # of numbers and nesting that nobody means
+        raise SettingsError(["not TOML: a number is too long, or the nesting too deep"]) from exc
     problems: list[str] = []
     sections: dict[str, Any] = {}
     for name, value in tree.items():

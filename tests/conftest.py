@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import trio.testing
 
 # No deadline: two cores may be busy. Derandomised: a failure is there every time.
 hypothesis.settings.register_profile(
@@ -26,6 +27,16 @@ _FOREIGN = (
 # that: a Ctrl-C could not be tested in them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def patient_clock() -> trio.testing.MockClock:
+    """Jump as ``autojump_clock`` does, when nothing has happened for a while of the real time.
+
+    For tests with sockets and threads: what the kernel or a thread still has in hand on a busy
+    machine must not look as if all were waiting for the clock.
+    """
+    return trio.testing.MockClock(autojump_threshold=0.1)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import math
 import os
 import socket
 from collections import deque
@@ -16,6 +17,28 @@ from rkvlmd.wire import frames
 
 _READ = 64 << 10
 _ROOM = socket.CMSG_SPACE(4 * frames.MAX_FDS)
+
+
+#: Largest frame that ``send_now`` takes, bytes: less than half of the smallest usual socket buffer.
+MOST_NOW = 64 << 10
+
+
+def frame(message: wire.ToChild, count: int) -> bytes:
+    """Return the frame of an order with so many descriptors.
+
+    Raises:
+      FrameError: more bytes or descriptors than a frame may have.
+
+    """
+    if count > frames.MAX_FDS:
+        raise frames.FrameError(f"frame with {count} descriptors")
+    built = wire.build(message)
+    built["fds"] = count
+    return frames.encode(built)
+
+
+def _rights(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
 
 
 class ChannelError(Exception):
@@ -36,20 +59,23 @@ class Channel:
         #: Whether the child left something unread that was sent to it: it was gone before.
         self.unread = False
 
-    async def send(self, message: wire.ToChild, fds: Sequence[int] = ()) -> None:
+    async def send(
+        self, message: wire.ToChild, fds: Sequence[int] = (), *, within: float = math.inf
+    ) -> None:
         """Send one frame; the descriptors stay ours.
 
         A frame that was begun is finished: a cancelled sender must not leave
-        half a frame, and the child's main thread always reads.
+        half a frame, and the child's main thread always reads. One that does
+        not for ``within`` seconds hangs, and cannot be spoken to any more.
 
         Raises:
+          FrameError: more bytes or descriptors than a frame may have; nothing was sent.
+          TimeoutError: the child does not read.
           OSError: the child is gone.
 
         """
-        built = wire.build(message)
-        built["fds"] = len(fds)
-        data = memoryview(frames.encode(built))
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        data = memoryview(frame(message, len(fds)))
+        rights = _rights(fds)
         await trio.lowlevel.checkpoint_if_cancelled()
         # Almost always nobody else sends and there is room, so the order goes now: trio's lock
         # and socket would let other tasks go first, while the child waits.
@@ -58,16 +84,37 @@ class Channel:
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(deadline=trio.current_time() + within, shield=True):
                 try:
                     sent = self._raw.sendmsg([data], rights)
                 except BlockingIOError:
                     sent = await self._socket.sendmsg([data], rights)
                 while sent < len(data):
                     sent += await self._socket.send(data[sent:])
-                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return
+            raise TimeoutError("nobody reads")
         finally:
             self._sending.release()
+
+    def send_now(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """Send a frame whole if that can be done at once; return whether it went.
+
+        Raises:
+          TimeoutError: it took a part, and cannot be spoken to any more.
+          OSError: the child is gone.
+
+        """
+        # A stream socket of Linux takes so few bytes in one piece or not at all.
+        if len(data) > MOST_NOW or self._sending.locked():
+            return False
+        try:
+            sent = self._raw.sendmsg([data], _rights(fds))
+        except BlockingIOError:
+            return False
+        if sent != len(data):
+            raise TimeoutError("it does not read")
+        return True
 
     async def receive(self) -> tuple[wire.FromChild, list[int]] | None:
         """Return the next message and its descriptors, which are now the caller's.

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from rkvlmd.actors.channel import Channel, ChannelError
+from rkvlmd.errors import RkvlmdError
 from rkvlmd.wire import child as wire
+from rkvlmd.wire import frames
 
 if TYPE_CHECKING:
     from rkvlmd.settings import EngineSettings
@@ -91,15 +93,16 @@ class Child:
         self.dead = trio.Event()
         self.due = math.inf
         self.beat_at = math.inf
-        #: Gets each message in the turn of the loop in which it was read; what it does not take
-        #: waits for ``receive``.
-        self.listener: Callable[[wire.FromChild], bool] | None = None
+        #: Gets each message in the turn of the loop in which it was read, and a look at its
+        #: descriptors; what it does not take waits for ``receive``.
+        self.listener: Callable[[wire.FromChild, Sequence[int]], bool] | None = None
         self._settings = settings
         self._argv = [*program, role, "--name", name, *arguments]
         self._channel: Channel | None = None
         self._tail = bytearray()
         self._output_ended = trio.Event()
         self._pumping = trio.CancelScope()
+        self._process: trio.Process | None = None
         self._killed_for: str | None = None
         self._fault: str | None = None
         self._ids = 0
@@ -179,6 +182,7 @@ class Child:
                 except OSError as exc:  # no memory, no descriptors, no processes left
                     return f"could not be started: {exc.strerror}"
             self.pid = process.pid
+            self._process = process
             nursery.start_soon(self._keep_tail, process, name=f"{self.name} output")
             with self._pumping:
                 protocol = await self._pump(channel, task_status)
@@ -226,26 +230,54 @@ class Child:
                     task_status.started()
                 elif self.hello is None:
                     return "did not say hello first"
-                elif self.listener is not None and self.listener(message):
+                elif self.listener is not None and self.listener(message, fds):
                     for fd in fds:
                         os.close(fd)
                 else:
-                    await self._inbox.send(item)
+                    try:
+                        await self._inbox.send(item)
+                    except BaseException:  # killed in the same moment: nobody has them
+                        for fd in fds:
+                            os.close(fd)
+                        raise
         return "did not say hello in time"
 
     async def send(self, message: wire.ToChild, fds: Sequence[int] = ()) -> None:
-        """Send one order.
+        """Send one order; a child that does not read for ``engine.beat_seconds`` is killed.
 
         Raises:
           ChildDiedError: the child is gone or about to go.
+          RkvlmdError: the order is too large; nothing was sent, and the child is well.
 
         """
         if not self.alive or self._channel is None:
             raise (await self.wait_death()).before()
         try:
-            await self._channel.send(message, fds)
+            await self._channel.send(message, fds, within=self._settings.beat_seconds)
+        except frames.FrameError:
+            raise _too_large(len(fds)) from None
+        except TimeoutError:
+            self.kill("it does not read its orders")
+            raise (await self.wait_death()).before() from None
         except (OSError, trio.ClosedResourceError):
             raise (await self.wait_death()).before() from None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a task waits in ``receive``: it gets the next message, whoever comes later."""
+        return self._outlet.statistics().tasks_waiting_receive > 0
+
+    def send_now(self, order: bytes, fds: Sequence[int] = ()) -> bool:
+        """Send an order that ``channel.frame`` made, without waiting; return whether it went."""
+        if not self.alive or self._channel is None:
+            return False
+        try:
+            return self._channel.send_now(order, fds)
+        except TimeoutError:
+            self.kill("it does not read its orders")
+            return False
+        except OSError:
+            return False  # gone, as its reader will see
 
     async def receive(self) -> tuple[wire.FromChild, list[int]]:
         """Return the next message that is no beat, and its descriptors.
@@ -281,11 +313,9 @@ class Child:
         self._sigkill()
 
     def _sigkill(self) -> None:
-        if self.pid:
-            try:
-                os.kill(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+        # One that was reaped has no number any more; another process may have it.
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
 
     async def _keep_tail(self, process: trio.Process) -> None:
         assert process.stdout is not None
@@ -303,8 +333,24 @@ class Child:
         process.kill()
 
 
+def _too_large(descriptors: int) -> RkvlmdError:
+    if descriptors > frames.MAX_FDS:
+        return RkvlmdError(
+            "too_many_images",
+            f"The pictures of this request have {descriptors} views, but an engine takes"
+            f" {frames.MAX_FDS} at most: send fewer pictures, or ask for detail 'low'.",
+            should_retry=False,
+        )
+    return RkvlmdError(
+        "request_too_large", "The text of this request is too long.", should_retry=False
+    )
+
+
 def _describe(returncode: int | None) -> str:
     assert returncode is not None
     if returncode < 0:
-        return f"killed by {signal.Signals(-returncode).name}"
+        try:
+            return f"killed by {signal.Signals(-returncode).name}"
+        except ValueError:  # real-time signals have no names
+            return f"killed by signal {-returncode}"
     return f"exit status {returncode}"

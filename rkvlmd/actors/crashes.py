@@ -33,12 +33,14 @@ class CrashMemory:
         self._deaths: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def __len__(self) -> int:
+        self._expire()
         return len(self._deaths)
 
     def note(self, key: str, deaths: int = 1) -> None:
         """Children died while they worked on this content: so many, or none."""
         if not deaths:
             return
+        self._expire()
         count, _ = self._deaths.pop(key, (0, 0.0))
         self._deaths[key] = (count + deaths, trio.current_time() + self._refuse)
         while len(self._deaths) > MOST:
@@ -51,12 +53,16 @@ class CrashMemory:
           RkvlmdError: ``engine_crash``.
 
         """
-        count, until = self._deaths.get(key, (0, 0.0))
-        if until < trio.current_time():
-            self._deaths.pop(key, None)
-        elif count >= DEATHS:
+        self._expire()
+        if self._deaths.get(key, (0, 0.0))[0] >= DEATHS:
             raise RkvlmdError(
                 "engine_crash",
                 "This request has crashed the engine before and is refused for a while.",
                 should_retry=False,
             )
+
+    def _expire(self) -> None:
+        """Forget what is over; the latest death stands last, so the first ones end first."""
+        now = trio.current_time()
+        while self._deaths and next(iter(self._deaths.values()))[1] < now:
+            self._deaths.popitem(last=False)

@@ -47,7 +47,9 @@ class EmbeddingCache:
         self._claims: Counter[str] = Counter()
         self._claimed_bytes = 0
         self._flights: dict[str, trio.Event] = {}
-        self._leaving: list[Rows] = []
+        self._leaving: dict[str, Rows] = {}
+        #: Hears whose rows have left, a while after they did.
+        self.on_leave: Callable[[Collection[str]], None] = lambda _keys: None
         self.bytes = 0
         self.hits = 0
         self.misses = 0
@@ -103,9 +105,9 @@ class EmbeddingCache:
         self._rows[key] = Rows(rows.blob.duplicate(), rows.tensor)
         self.bytes += rows.blob.size
         while self.bytes > self._most:
-            old = self._rows.pop(self._least(key))
+            least = self._least(key)
+            self._leaving[least] = old = self._rows.pop(least)
             self.bytes -= old.blob.size
-            self._leaving.append(old)
 
     def sweep(self) -> None:
         """Close what left with the last ``put``.
@@ -113,8 +115,12 @@ class EmbeddingCache:
         The last owner of some megabytes gives them back to the kernel, and
         waits for that: better while the NPU is at work than before.
         """
-        while self._leaving:
-            self._leaving.pop().blob.close()
+        if not self._leaving:
+            return
+        left, self._leaving = self._leaving, {}
+        for rows in left.values():
+            rows.blob.close()
+        self.on_leave(left.keys())
 
     def _least(self, new: str) -> str:
         """Return whose rows leave for ``new``, or ``new``.

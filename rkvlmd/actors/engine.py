@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import trio
 
@@ -47,7 +47,8 @@ def _due(child: Child, seconds: float, what: str) -> Iterator[trio.CancelScope]:
         try:
             yield scope
         finally:
-            child.due = math.inf
+            if child.due == scope.deadline:  # else the next order has begun
+                child.due = math.inf
     if scope.cancelled_caught:
         child.kill(what)
         raise ChildWedgedError(child.name, what)
@@ -94,35 +95,70 @@ async def _beating(child: Child, within: float) -> tuple[wire.FromChild, list[in
             raise ChildWedgedError(child.name, "stopped beating while it loaded")
 
 
+class Next(Protocol):
+    """What follows an encode; see ``relay``."""
+
+    def prepare(self) -> None:
+        """Make it ready; the encode has begun."""
+        ...
+
+    def send(self, fd: int) -> None:
+        """Send it: the rows are in ``fd``, which the caller keeps."""
+        ...
+
+
 async def encode(
     child: Child,
     pixels: Rows,
     settings: EngineSettings,
     grid: tuple[int, int, int] | None = None,
+    *,
+    number: int = 0,
+    then: Next | None = None,
 ) -> tuple[Rows, float]:
     """Encode one view; return rows that the caller owns, and the seconds it took.
 
     Cannot be interrupted: a cancelled caller waits (shielded) for the end of
-    the encode, within its deadline.
+    the encode, within its deadline. ``number`` is that of an order which was
+    sent already; ``then`` goes out in the turn in which the rows come.
 
     Raises:
       ChildDiedError, ChildWedgedError, RkvlmdError: as for ``load``.
 
     """
-    number = child.next_id()
+    sent, number = bool(number), number or child.next_id()
+
+    def hear(message: wire.FromChild, fds: Sequence[int]) -> bool:
+        if then is not None and _is_end(message, fds, number):
+            then.send(fds[0])
+        return False
+
     with (
         trio.CancelScope(shield=True),
         _due(child, settings.encode_seconds, "the encode took too long"),
     ):
-        await child.send(wire.Encode(id=number, pixels=pixels.tensor, grid=grid), [pixels.blob.fd])
-        while True:
-            message, fds = await child.receive()
-            if isinstance(message, wire.EncodeDone) and message.id == number and len(fds) == 1:
-                return Rows(Blob(fds[0]), message.rows), message.seconds
-            close_fds(fds)
-            if isinstance(message, wire.Failed) and message.id == number:
-                raise RkvlmdError(message.code, message.message)
+        child.listener = hear
+        try:
+            if not sent:
+                order = wire.Encode(id=number, pixels=pixels.tensor, grid=grid)
+                await child.send(order, [pixels.blob.fd])
+            if then is not None:
+                then.prepare()
+            while True:
+                message, fds = await child.receive()
+                if _is_end(message, fds, number):
+                    return Rows(Blob(fds[0]), message.rows), message.seconds
+                close_fds(fds)
+                if isinstance(message, wire.Failed) and message.id == number:
+                    raise RkvlmdError(message.code, message.message)
+        finally:
+            if child.listener is hear:
+                child.listener = None
     raise AssertionError("unreachable: a missed deadline raises")
+
+
+def _is_end(message: wire.FromChild, fds: Sequence[int], number: int) -> TypeGuard[wire.EncodeDone]:
+    return isinstance(message, wire.EncodeDone) and message.id == number and len(fds) == 1
 
 
 async def embed(
@@ -170,11 +206,14 @@ class Pace:
 class Generation:
     """One generation as it goes on; the job reads it at the end.
 
-    ``done`` is the end that the child told, also after an abort.
+    ``done`` is the end that the child told, also after an abort. ``on_done``
+    hears of one without an abort in the turn in which it is read, if the
+    caller of ``generate`` is sure to hear of it too.
     """
 
     on_prefilled: Callable[[wire.Prefilled], None]
     on_text: Callable[[str, int], None]
+    on_done: Callable[[wire.GenerateDone], None] = lambda _done: None
     somebody_waits: Callable[[], bool] = lambda: False
     prefilled: bool = False
     done: wire.GenerateDone | None = None
@@ -188,8 +227,12 @@ async def generate(
     settings: EngineSettings,
     pace: Pace,
     run: Generation,
+    *,
+    sent: bool = False,
 ) -> wire.GenerateDone:
     """Generate; a cancelled caller aborts, and waits for the child to be free again.
+
+    ``sent``: the order is on its way already.
 
     Raises:
       ChildDiedError, ChildWedgedError, RkvlmdError: as for ``load``.
@@ -203,10 +246,12 @@ async def generate(
             # Handled where they are read: a turn of the loop less on a token's way to the client.
             child.listener = hear = _hearer(child, order, run, scope, settings, pace)
             try:
-                await child.send(order, [r.blob.fd for r in rows])
+                if not sent:
+                    await child.send(order, [r.blob.fd for r in rows])
                 return await _end(child, order, run, hear)
             finally:
-                child.listener = None
+                if child.listener is hear:
+                    child.listener = None
     except trio.Cancelled:
         with trio.CancelScope(shield=True):
             await _abort(child, order, run, settings, pace, started + first)
@@ -220,13 +265,13 @@ def _hearer(
     scope: trio.CancelScope | None,
     settings: EngineSettings,
     pace: Pace,
-) -> Callable[[wire.FromChild], bool]:
+) -> Callable[[wire.FromChild, Sequence[int]], bool]:
     """Return what takes the messages between an order and its end; true: it took this one.
 
     Without a scope the text goes nowhere.
     """
 
-    def hear(message: wire.FromChild) -> bool:
+    def hear(message: wire.FromChild, _fds: Sequence[int] = ()) -> bool:
         if isinstance(message, wire.Text) and message.id == order.id:
             if scope is not None:
                 run.on_text(message.text, message.tokens)
@@ -236,6 +281,10 @@ def _hearer(
             if scope is not None:
                 run.on_prefilled(message)
         else:
+            ended = isinstance(message, wire.GenerateDone) and message.id == order.id
+            if ended and scope is not None and child.awaited:
+                assert isinstance(message, wire.GenerateDone)
+                run.on_done(message)
             return False
         if scope is not None:
             scope.deadline = child.due = trio.current_time() + settings.token_seconds
@@ -245,7 +294,7 @@ def _hearer(
 
 
 async def _end(
-    child: Child, order: wire.Generate, run: Generation, hear: Callable[[wire.FromChild], bool]
+    child: Child, order: wire.Generate, run: Generation, hear: Callable[..., bool]
 ) -> wire.GenerateDone:
     """Wait until the order has ended."""
     while True:

@@ -149,6 +149,10 @@ class Job:
         """Say how the job ended. The first end stays."""
         if self.outbox.end is not None:
             return
+        if error is not None:
+            # Its frames know the job, and so do those of what it came from: with them the job, its
+            # prompt and its pictures would stay until the collector comes.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
         self.ended_in = self.phase
         self.seconds["total"] = trio.current_time() - self.submitted
         usage = Usage(

@@ -15,20 +15,33 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container
 
     from rkvlmd.actors.loading import Loaded
+    from rkvlmd.actors.relay import Begun
 
     #: Does something for one who waits while another holds the lease; false: nothing is left.
     Ahead = Callable[[Loaded], Awaitable[bool]]
 
 
 class Grip:
-    """Proof of holding the lease; released once, by whoever owns it then."""
+    """Proof of holding the lease; released once, by whoever owns it then.
 
-    __slots__ = ("_lease", "ahead", "handed_over", "released", "ticket", "turn")
+    ``first`` begins the holder's work as the lease is given to it, without
+    waiting; ``begun`` is that work.
+    """
 
-    def __init__(self, lease: Lease, ticket: Waiting, ahead: Ahead | None = None) -> None:
+    __slots__ = ("_lease", "ahead", "begun", "first", "handed_over", "released", "ticket", "turn")
+
+    def __init__(
+        self,
+        lease: Lease,
+        ticket: Waiting,
+        ahead: Ahead | None = None,
+        first: Callable[[], Begun | None] = lambda: None,
+    ) -> None:
         self._lease = lease
         self.ticket = ticket
         self.ahead = ahead
+        self.first = first
+        self.begun: Begun | None = None
         self.turn = trio.Event()
         self.handed_over = False
         self.released = False
@@ -115,12 +128,40 @@ class Lease:
         rank: int = NORMAL,
         prefix: tuple[str, ...] = (),
         ahead: Ahead | None = None,
+        first: Callable[[], Begun | None] = lambda: None,
+        early: Grip | None = None,
     ) -> AsyncIterator[Grip]:
-        """Wait for the lease; give it back at the end, unless it was handed over."""
-        grip = Grip(self, self.ticket(client, model, rank, prefix), ahead)
-        await self._acquire(grip)
+        """Wait for the lease; give it back at the end, unless it was handed over or given back.
+
+        ``early`` is what ``take`` has returned: then nobody waits.
+        """
+        grip = early or Grip(self, self.ticket(client, model, rank, prefix), ahead, first)
+        if early is None:
+            await self._acquire(grip)
         try:
             yield grip
+        finally:
+            await self.end(grip)
+
+    def take(
+        self, client: str, model: str, rank: int, begin: Callable[[], Begun | None]
+    ) -> Grip | None:
+        """Take the lease without waiting, if it is free and some work can begin at once.
+
+        The caller gives it to ``hold`` or to ``end``.
+        """
+        if self._holder is not None or self._waiting or (begun := begin()) is None:
+            return None
+        grip = Grip(self, self.ticket(client, model, rank), first=lambda: begun)
+        self._waiting.append(grip)
+        self._give()
+        return grip
+
+    async def end(self, grip: Grip) -> None:
+        """Let the next one have the lease when nothing is at work for this one."""
+        try:
+            if grip.begun is not None:
+                await grip.begun.settle()
         finally:
             if not grip.handed_over:
                 grip.release()
@@ -140,7 +181,7 @@ class Lease:
         except BaseException:
             # The turn may have come in the same moment.
             if grip.turn.is_set():
-                grip.release()
+                await self.end(grip)
             else:
                 self._waiting.remove(grip)
             raise
@@ -164,3 +205,4 @@ class Lease:
         self._history = self._history.after(self._holder.ticket, self.tickets())
         self._since = trio.current_time()
         self._holder.turn.set()
+        self._holder.begun = self._holder.first()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import msgspec
@@ -71,7 +72,11 @@ def _read(path: Path) -> dict[str, Memo]:
 def _write(path: Path, data: bytes) -> bool:
     temporary = path.with_suffix(".new")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            # A board may lose its power at any moment, and a pin is the owner's word.
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as exc:
         log.warning("pins and load times could not be kept: %s", exc.strerror)

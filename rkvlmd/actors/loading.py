@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: File in the state folder that remembers checked hashes.
+#: File in the state folder that remembers checked hashes; the most of them (one a file, some
+#: hundred bytes each), and the largest file that is read, bytes.
 HASHES = "hashes.json"
+MOST_HASHES = 4096
+MOST_HASHES_BYTES = 1 << 20
 
 
 class LoadError(Exception):
@@ -178,14 +181,23 @@ class Loader:
         if problems:
             text = "; ".join(problems)
             raise LoadError(text, RkvlmdError("invalid_model", "Its files are damaged."))
-        if remembered != self._remembered:
-            self._remembered = remembered
-            await trio.to_thread.run_sync(self._write_hashes, remembered)
+        if remembered.items() <= self._remembered.items():
+            return
+        # Those of other models stay, or each swap would read whole model files again. The latest
+        # come last; those of files that are gone are pushed out one day.
+        others = {k: v for k, v in self._remembered.items() if k not in remembered}
+        self._remembered = dict([*others.items(), *remembered.items()][-MOST_HASHES:])
+        await trio.to_thread.run_sync(self._write_hashes, self._remembered)
 
     def _read_hashes(self) -> dict[str, str]:
         try:
-            return msgspec.json.decode(self._hashes.read_bytes(), type=dict[str, str])
-        except (OSError, msgspec.DecodeError):
+            with self._hashes.open("rb") as file:
+                data = file.read(MOST_HASHES_BYTES + 1)
+            return msgspec.json.decode(data, type=dict[str, str])
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            log.warning("%s in the state folder is damaged; files are hashed again", HASHES)
             return {}
 
     def _write_hashes(self, remembered: dict[str, str]) -> None:

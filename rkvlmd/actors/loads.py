@@ -98,6 +98,13 @@ class Loads(ModelTable):
             self.admit(name)
         raise record.error or self._failed(record, self._heal_wait(record))
 
+    def at_hand(self, name: str) -> Loaded | None:
+        """Return a model that ``ensure`` would return at once."""
+        record = self._records.get(name)
+        if record is None or record.held or record.load is not None or record.loaded is None:
+            return None
+        return record.loaded if record.loaded.alive else None
+
     def used(self, name: str, keep_alive: float | None = None) -> None:
         """Say that a job is done with a model; call it while the lease is still held.
 
@@ -135,7 +142,6 @@ class Loads(ModelTable):
         record.load = load = trio.Event()
         record.load_scope = trio.CancelScope()
         record.grip = None
-        record.owner = grip
         self._nursery.start_soon(self._load, record, load, name=f"load:{record.name}")
         return load
 
@@ -171,6 +177,11 @@ class Loads(ModelTable):
             else:
                 await self._take_down(record)
                 self._fail(record, exc)
+        except Exception as exc:  # one model's bug is not the end of the others
+            log.exception("%s: the load failed", record.name)
+            await self._take_down(record)
+            error = RkvlmdError("model_failed", "Its load met an error of the server")
+            self._fail(record, LoadError(f"{type(exc).__name__}: {exc}", error))
         finally:
             record.load = None
             record.began = 0.0
@@ -304,7 +315,8 @@ class Loads(ModelTable):
         asked = record.asked
         async with self._lease.hold("", "") as grip:
             record.queued = False
-            gone = self._records.get(record.name) is not record
+            # The owner may have unloaded it while this waited for the lease.
+            gone = record.held or self._records.get(record.name) is not record
             if not gone and (record.loaded is None or not record.loaded.alive):
                 await self._start(record, grip).wait()
         asked.set()

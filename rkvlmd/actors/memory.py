@@ -28,9 +28,20 @@ class Room:
 
 
 def room(root: Path = Path("/")) -> Room:
-    """Read MemAvailable and what is left of our cgroup (version 2); ``root`` is for tests."""
+    """Read MemAvailable and what is left of our cgroup (version 2); ``root`` is for tests.
+
+    Raises:
+      RkvlmdError: ``insufficient_memory``, where nobody can tell, as without a free descriptor.
+
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        raise RkvlmdError(
+            "insufficient_memory", "The free memory cannot be told now.", retry_after=5
+        ) from None
     available = 0
-    for line in (root / "proc/meminfo").read_text().splitlines():
+    for line in lines:
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
     return Room(available, _cgroup(root))

@@ -87,6 +87,9 @@ class Overlap:
                 await self._serve(lease, loaded)
         except _FAILURES as exc:
             self.give_up(f"an encode failed beside a decode ({type(exc).__name__})")
+        except Exception:  # a bug here is not the end of the daemon
+            log.exception("npu.overlap")
+            self.give_up("an encode beside a decode met an error of the server")
         finally:
             done.set()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from rkvlmd.actors import engine, prepare, ready, videos
+from rkvlmd.actors import checks, engine, prepare, ready, relay, videos
 from rkvlmd.actors.child import ChildDiedError
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.actors.embeddings import Rows
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rkvlmd.actors.prepare import View
     from rkvlmd.actors.residency import Residency
     from rkvlmd.actors.slots import Slot
+    from rkvlmd.models.catalog import Entry
     from rkvlmd.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -69,33 +70,44 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
 
     """
     entry = tools.residency.entry(job.model)
-    prepare.check_places(job, entry)
+    checks.check_places(job, entry)
     with ExitStack() as stack:
         pictures = await videos.pictures(job, slot, entry, tools, stack)
         slot.resize(job.text_bytes)
         crash_key = content_key(job.request.turns, (p.sha256 for p in pictures))
         tools.crashes.check(crash_key)
-        prompt = await prepare.prompt(job, entry, tools, pictures)
-        limit = job.max_tokens = prepare.limit(job, entry, tools.settings)
-        order = prepare.order(job, entry, prompt, pictures, limit)
-        prepare.check_rows(entry, pictures, tools.settings.queue.max_embedding_bytes)
+        checks.check_rows(entry, pictures, tools.settings.queue.max_embedding_bytes)
+        views = {view.key: view for picture in pictures for view in picture.views}
+        stack.enter_context(tools.cache.wanted(views))
+        # The lease may be had, and the first encode be under way, before there is a prompt.
+        early = relay.early(job, entry, pictures, tools)
+        try:
+            prompt = await prepare.prompt(job, entry, tools, pictures)
+            limit = job.max_tokens = checks.limit(job, entry, tools.settings)
+            order = prepare.order(job, entry, prompt, pictures, limit)
+        except BaseException:
+            if early is not None:
+                await tools.lease.end(early)
+            raise
         info = tools.residency.decoder_info(job.model)
         job.ignored += tuple(rkllm.without_effect(entry.manifest, order, order.seed, info))
         job.phase = "waiting"
         job.checked.set()
         queued = trio.current_time()
-        views = {view.key: view for picture in pictures for view in picture.views}
-        stack.enter_context(tools.cache.wanted(views))
-        kept = [v for v in views.values() if tools.cache.keeps(prepare.row_bytes(entry, v))]
+        kept = [v for v in views.values() if tools.cache.keeps(checks.row_bytes(entry, v))]
         ahead = partial(_ahead, job, kept, tools, set()) if kept else None
-        async with tools.lease.hold(job.client, job.model, job.rank, _names(order), ahead) as grip:
+        needed = ready.needed(prompt, pictures)
+        names, first = _names(order), relay.first(job, needed, tools)
+        async with tools.lease.hold(
+            job.client, job.model, job.rank, names, ahead, first, early
+        ) as grip:
             job.spent("queue", queued)
             job.leased = trio.current_time()
             try:
-                needed = ready.needed(prompt, pictures)
-                reason = await _with_lease(job, tools, needed, order, grip, crash_key)
+                reason = await _with_lease(job, entry, tools, needed, order, grip, crash_key)
             finally:
-                tools.residency.used(job.model, job.request.keep_alive)
+                if not grip.released:
+                    tools.residency.used(job.model, job.request.keep_alive)
         await _after_lease(job)
         return reason
 
@@ -112,6 +124,7 @@ def _names(order: wire.Generate) -> prefix.Chain:
 
 async def _with_lease(
     job: Job,
+    before: Entry,
     tools: Tools,
     views: list[View],
     order: wire.Generate,
@@ -120,7 +133,7 @@ async def _with_lease(
 ) -> EndReason:
     """Load if need be, encode, generate; once more if a child died before the first token.
 
-    ``views`` are those of the order's memfds.
+    ``views`` are those of the order's memfds; they were prepared for ``before``.
     """
     for last in (False, True):
         try:
@@ -130,13 +143,17 @@ async def _with_lease(
             job.spent("load", began)
             # Only now it is sure which version of a library there is.
             entry = tools.residency.entry(job.model)
+            checks.check_same(job, before, entry)
             videos.check(job, entry, tools.residency.decoder_info(job.model))
+            decoder, rows = loaded.child("decoder"), list[Rows]()
+            following = relay.Following(job, decoder, _numbered(order, decoder.next_id()), rows)
             with ExitStack() as stack:
-                rows = []
-                for view in views:
-                    rows.append(await encoded(job, view, loaded, tools))
+                stack.callback(following.abandon)
+                for number, view in enumerate(views, 1):
+                    then = following if number == len(views) else None
+                    rows.append(await encoded(job, view, loaded, tools, grip, then))
                     stack.callback(rows[-1].blob.close)
-                return await _generate(job, order, rows, loaded, tools)
+                return await _generate(job, following, rows, loaded, tools, grip)
         except ChildDiedError as exc:
             tools.crashes.note(crash_key, int(exc.at_work))
             if last or job.completion_tokens:
@@ -145,13 +162,23 @@ async def _with_lease(
     raise AssertionError("unreachable")
 
 
-async def encoded(job: Job, view: View, loaded: Loaded, tools: Tools) -> Rows:
-    """Return a view's rows, which the caller owns; encode it unless that was done before."""
+async def encoded(
+    job: Job,
+    view: View,
+    loaded: Loaded,
+    tools: Tools,
+    grip: Grip,
+    then: relay.Following | None = None,
+) -> Rows:
+    """Return a view's rows, which the caller owns; encode it unless that was done before.
+
+    ``then`` goes out as soon as they are encoded.
+    """
     began = trio.current_time()
 
     async def make() -> Rows:
         job.phase = "encoding"
-        return await _encode(job, view, loaded, tools)
+        return await _encode(job, view, loaded, tools, grip, then)
 
     rows, there = await tools.cache.get_or_make(view.key, make)
     if there:
@@ -159,19 +186,34 @@ async def encoded(job: Job, view: View, loaded: Loaded, tools: Tools) -> Rows:
         return rows
     try:
         # The encode could not be interrupted: the client may have gone meanwhile.
-        await trio.lowlevel.checkpoint_if_cancelled()
+        if then is None or not then.sent:
+            await trio.lowlevel.checkpoint_if_cancelled()
     except trio.Cancelled:
         rows.blob.close()
         raise
     return rows
 
 
-async def _encode(job: Job, view: View, loaded: Loaded, tools: Tools) -> Rows:
+async def _encode(
+    job: Job,
+    view: View,
+    loaded: Loaded,
+    tools: Tools,
+    grip: Grip | None = None,
+    then: relay.Following | None = None,
+) -> Rows:
     began = trio.current_time()
     child = loaded.child("encoder", view.encoder)
     # A view without pixels has its rows in the cache until its job has ended.
     assert view.pixels is not None
-    rows, _ = await engine.encode(child, view.pixels, tools.settings.engine, view.patches)
+    number = 0
+    if grip is not None and grip.begun is not None:
+        number = grip.begun.take(child, view)
+        began = grip.begun.since if number else began
+        await grip.begun.settle()
+    rows, _ = await engine.encode(
+        child, view.pixels, tools.settings.engine, view.patches, number=number, then=then
+    )
     job.spent("encode", began)
     tools.metrics.picture_encode.observe(trio.current_time() - began, "miss")
     return rows
@@ -195,7 +237,12 @@ async def _ahead(
 
 
 async def _generate(
-    job: Job, order: wire.Generate, rows: list[Rows], loaded: Loaded, tools: Tools
+    job: Job,
+    following: relay.Following,
+    rows: list[Rows],
+    loaded: Loaded,
+    tools: Tools,
+    grip: Grip,
 ) -> EndReason:
     child = loaded.child("decoder")
     began = trio.current_time()
@@ -228,9 +275,27 @@ async def _generate(
             said, text = True, text.removeprefix(" ")
         put(Said("", text) if splitter is None else splitter.feed(text, tokens))
 
+    told = False
+
+    def learn(done: wire.GenerateDone | None) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            tools.warm.learn(child, done)
+
+    def on_done(done: wire.GenerateDone) -> None:
+        """Give the lease back in the turn in which the end is read; the rest of it can wait."""
+        if tools.overlap.on or done.recycle or done.reason == "aborted":
+            return
+        learn(done)
+        tools.residency.completed(job.model)
+        tools.residency.used(job.model, job.request.keep_alive)
+        grip.release()
+
     generation = engine.Generation(
         on_prefilled,
         on_text,
+        on_done,
         somebody_waits=lambda: tools.lease.waiting > 0,
     )
     pace = tools.residency.pace(job.model)
@@ -238,14 +303,15 @@ async def _generate(
         try:
             done = await engine.generate(
                 child,
-                _numbered(order, child.next_id()),
+                following.order,
                 rows,
                 tools.settings.engine,
                 pace,
                 generation,
+                sent=following.taken(),
             )
         finally:
-            tools.warm.learn(child, generation.done)
+            learn(generation.done)
             if splitter is not None:
                 put(splitter.finish())
         _account(job, done)
@@ -254,7 +320,8 @@ async def _generate(
         job.seconds["generate"] = trio.current_time() - began
         if done.reason == "aborted":
             raise RkvlmdError("engine_error", "The engine stopped although nobody asked it to.")
-        tools.residency.completed(job.model)
+        if not grip.released:
+            tools.residency.completed(job.model)
         if tools.overlap.on:
             # The reader need not wait for what is encoded for somebody else.
             job.finish(done.reason)

@@ -109,9 +109,14 @@ class Prep:
         """Take settings that were read again; children that are there stay as they are."""
         self._settings = settings
 
+    @property
+    def idle(self) -> bool:
+        """Whether no order waits and every child is idle or gone."""
+        return not self._orders and self._idle == self._workers
+
     async def wait_idle(self) -> None:
-        """Return when no order waits and every child is idle or gone."""
-        while self._orders or self._idle < self._workers:
+        """Return when ``idle``."""
+        while not self.idle:
             self._quiet = trio.Event()
             await self._quiet.wait()
 
@@ -305,6 +310,15 @@ class Prep:
                 order.deaths += 1
                 self._fail(order, "The picture or prompt took too long to prepare.")
             self.done += 1
+        except RkvlmdError as exc:
+            child.due = math.inf
+            # Nothing was sent: the order is larger than any prompt of any model.
+            too_long = RkvlmdError(
+                "context_length_exceeded",
+                "The text of the request is longer than the context of any model.",
+                should_retry=False,
+            )
+            order.error = too_long if order.renders else exc
         except ChildDiedError as exc:
             self.deaths += 1
             order.deaths += exc.at_work

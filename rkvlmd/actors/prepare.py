@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import trio
 from msgspec.structs import replace as replaced
 
-from rkvlmd.actors import blobs
+from rkvlmd.actors import blobs, checks
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.actors.embeddings import Rows, row_key
 from rkvlmd.actors.prep import PrepDiedError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rkvlmd.actors.pipeline import Tools
     from rkvlmd.messages import PictureSource, Turn, VideoSource
     from rkvlmd.models.catalog import Entry
-    from rkvlmd.settings import Settings
 
 #: Manifests that are kept ready for frames.
 _MOST_KEPT = 8
@@ -90,23 +89,6 @@ async def pictures(
         job.request, pictures=tuple(replace(source, data="") for source in sources)
     )
     return [found[index] for index in range(len(sources))]
-
-
-def check_places(job: Job, entry: Entry) -> None:
-    """Refuse more pictures than the context holds before the first one is fetched or decoded.
-
-    Each is counted with the fewest tokens that it can have; ``prompt`` counts exactly.
-
-    Raises:
-      RkvlmdError: ``context_length_exceeded``, with both numbers, and what to lower.
-
-    """
-    sources, manifest = job.request.pictures, entry.manifest
-    if not sources or not manifest.encoders:
-        return
-    tokens = sum(views.least(manifest, source.detail) for source in sources)
-    if tokens >= manifest.decoder.context:
-        raise _too_long(tokens, manifest.decoder.context, tokens, len(sources))
 
 
 async def source_file(
@@ -183,8 +165,7 @@ async def _picture(
         tiles=done.tiles,
         block=block,
     )
-    tools.seen.learn(origin, picture)
-    return picture
+    return tools.seen.learn(origin, picture)
 
 
 async def _decoded(
@@ -258,7 +239,7 @@ async def prompt(job: Job, entry: Entry, tools: Tools, pictures: list[Picture]) 
     began = trio.current_time()
     image_tokens, context = sum(p.tokens for p in pictures), entry.manifest.decoder.context
     if image_tokens >= context:
-        raise _too_long(image_tokens, context, image_tokens, len(pictures))
+        raise checks.too_long(image_tokens, context, image_tokens, len(pictures))
     wish, tags = job.request.thinking, entry.manifest.thinking
     wish = entry.manifest.defaults.enable_thinking if wish is None else wish
     found = await rendered(entry, tools, job.request.turns, pictures, wish)
@@ -281,6 +262,7 @@ async def rendered(
     thinking: bool | None = None,
 ) -> Prompt:
     """Return the prompt of a conversation; its parts point into ``pictures``."""
+    checks.check_text(entry, turns)
     plain = plain_of(entry)
 
     def build(number: int) -> wire.Render:
@@ -313,55 +295,6 @@ def _turn(turn: Turn) -> dict[str, Any]:
         elif isinstance(part, PicturePart):
             parts.append({"picture": part.index})
     return {"role": turn.role, "parts": parts, "thought": turn.thought}
-
-
-def limit(job: Job, entry: Entry, settings: Settings) -> int:
-    """Return how many tokens may be generated: what was asked for, within the context."""
-    context = entry.manifest.decoder.context
-    left = context - job.prompt_tokens
-    if left < 1:
-        parts = [part for turn in job.request.turns for part in turn.parts]
-        places = sum(isinstance(part, PicturePart) for part in parts)
-        raise _too_long(job.prompt_tokens, context, job.image_tokens, places)
-    default = entry.manifest.defaults.max_tokens or settings.models.max_tokens
-    return min(left, job.request.max_tokens or default)
-
-
-def _too_long(tokens: int, context: int, image_tokens: int, pictures: int) -> RkvlmdError:
-    """Return the error with both numbers, and what to lower."""
-    said = (
-        f"The prompt has {tokens} tokens, but the model's context holds {context} tokens, prompt"
-        " and answer together."
-    )
-    if 2 * image_tokens > tokens:
-        said += (
-            f" {image_tokens} of them are those of {pictures} pictures: send fewer pictures, or"
-            " with detail 'low' where the model makes fewer tokens of them."
-        )
-    return RkvlmdError("context_length_exceeded", said, param="messages")
-
-
-def row_bytes(entry: Entry, view: View) -> int:
-    """Return how many bytes the rows of a view have: float32, of every output of its encoder."""
-    manifest = entry.manifest
-    return view.tokens * manifest.encoders[view.encoder].outputs * manifest.decoder.embedding * 4
-
-
-def check_rows(entry: Entry, pictures: list[Picture], most: int) -> None:
-    """Check that the embeddings of all pictures together are no more than ``most`` bytes.
-
-    Raises:
-      RkvlmdError: ``too_many_images``, with both numbers.
-
-    """
-    size = sum(row_bytes(entry, view) for picture in pictures for view in picture.views)
-    if size > most:
-        raise RkvlmdError(
-            "too_many_images",
-            f"The embeddings of these pictures are {size} bytes, but one request may have {most}"
-            " (queue.max_embedding_bytes).",
-            param="messages",
-        )
 
 
 def order(

@@ -60,7 +60,6 @@ class Record:
     load_scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     asked: trio.Event = field(default_factory=trio.Event)
     grip: Grip | None = None
-    owner: Grip | None = None
     pace: Pace = field(default_factory=lambda: Pace(50.0))
 
     @property

@@ -95,6 +95,8 @@ class Residency(Loads):
             else:
                 self._begin(record)
                 await record.asked.wait()
+            if record.held:
+                raise RkvlmdError("model_unloaded", "The model was unloaded meanwhile.")
             if record.state is not ModelState.READY:
                 raise self._with_last_words(record)
         return self.model(record.name)
@@ -143,6 +145,13 @@ class Residency(Loads):
             if record.held:
                 await self._take_down(record)
         done.set()
+
+    def kill(self, why: str) -> None:
+        """End every engine child now, and bring none back."""
+        for record in self._records.values():
+            record.held = True
+            for child in record.loaded.children if record.loaded is not None else ():
+                child.kill(why)
 
     async def pin(self, name: str) -> ModelView:
         """Load a model if need be, and keep it: no swap, no idle unload, over restarts too.
@@ -247,7 +256,10 @@ class Residency(Loads):
 
     def _short(self) -> bool:
         """Whether less than half of what every load leaves free is free."""
-        return self._room().bytes < self._settings.memory.reserve_bytes // 2
+        try:
+            return self._room().bytes < self._settings.memory.reserve_bytes // 2
+        except RkvlmdError:  # nobody can tell now
+            return False
 
     async def _drop_kept(self, record: Record) -> None:
         """Stop the encoders of a model that is not loaded, unless that has changed meanwhile."""

@@ -143,8 +143,12 @@ class Scheduler:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._deadline, job)
-                with job.scope:
-                    await self._work(job, slot)
+                try:
+                    with job.scope:
+                        await self._work(job, slot)
+                except Exception:
+                    # It came together with the cancellation of a job that has its end already.
+                    log.exception("job %s failed while it ended", job.id)
                 nursery.cancel_scope.cancel(reason="the job has ended")
         finally:
             job.finish("shutdown")
@@ -214,12 +218,20 @@ class Scheduler:
                 job.abandon("model_unloaded")
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new jobs, give those here some time, then end them; returns when all have."""
+        """Refuse new jobs, give those here some time, then end them; returns when all have.
+
+        An encode and a prefill cannot be interrupted: after ``engine.abort_seconds``
+        their children are ended, which they would be next anyway.
+        """
         self._draining = True
         with trio.move_on_after(seconds if math.isfinite(seconds) else 0):
             await self.wait_empty()
         for job in list(self._live.values()):
             job.abandon("shutdown")
+        with trio.move_on_after(self._settings.engine.abort_seconds):
+            await self.wait_empty()
+        if self._live:
+            self._tools.residency.kill("the daemon stops")
         await self.wait_empty()
 
     def pause(self) -> None:
@@ -247,7 +259,8 @@ class Scheduler:
     async def wait_empty(self) -> None:
         """Return when no job is left, those included whose reader knows their end already."""
         while self._live:
-            self._empty = trio.Event()
+            if self._empty.is_set():  # one event for all who wait
+                self._empty = trio.Event()
             await self._empty.wait()
 
     def statistics(self) -> dict[str, object]:

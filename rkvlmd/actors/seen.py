@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from rkvlmd.actors.embeddings import EmbeddingCache
     from rkvlmd.actors.ready import Picture
 
-#: Most views that are remembered, of all pictures together: about a kilobyte each.
+#: Most views that are remembered, of all pictures together: about a kilobyte each. Only jobs that
+#: wait, or a cache of small rows, have so many.
 MOST_VIEWS = 1024
 #: Most files of one size that a prep child is told of.
 MOST_ALIKE = 32
@@ -33,7 +36,9 @@ class Seen:
 
     So a picture that comes again, as in each turn of a conversation, is hashed
     and not decoded. Files are looked for by their size, so that an order to a
-    prep child holds few hashes. The least recently used are forgotten first.
+    prep child holds few hashes. A picture is forgotten when rows of it leave
+    the cache, or when its job ends before they came: it would be decoded
+    anyway. Beyond ``MOST_VIEWS`` the least recently used are forgotten first.
     """
 
     def __init__(self, cache: EmbeddingCache) -> None:
@@ -41,6 +46,7 @@ class Seen:
         self._pictures: OrderedDict[tuple[Source, str], Picture] = OrderedDict()
         self._alike: dict[Source, OrderedDict[str, None]] = {}
         self._views = 0
+        cache.on_leave = self._left
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -68,8 +74,29 @@ class Seen:
         self._use(source, sha256)
         return replace(picture, release=lambda: self._cache.release(keys))
 
-    def learn(self, source: Source, picture: Picture) -> None:
-        """Remember what a picture has become."""
+    def learn(self, source: Source, picture: Picture) -> Picture:
+        """Remember what a picture has become; return it for the job that has it."""
+        self._remember(source, picture)
+        return replace(picture, release=lambda: self._settle(source, picture))
+
+    def _settle(self, source: Source, picture: Picture) -> None:
+        """Its job has ended: from now on it is known as long as its rows are here."""
+        if not all(self._cache.has(view.key) for view in picture.views):
+            self._forget(source, picture.sha256)
+        elif (source, picture.sha256) not in self._pictures:
+            self._remember(source, picture)
+
+    def _left(self, keys: Collection[str]) -> None:
+        """Forget what can only be decoded again."""
+        gone = [
+            known
+            for known, picture in self._pictures.items()
+            if any(view.key in keys for view in picture.views)
+        ]
+        for source, sha256 in gone:
+            self._forget(source, sha256)
+
+    def _remember(self, source: Source, picture: Picture) -> None:
         sha256 = picture.sha256
         self._forget(source, sha256)
         views = tuple(replace(view, pixels=None) for view in picture.views)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from rkvlmd.actors import engine, pipeline, prepare, ready, videos
+from rkvlmd.actors import checks, engine, pipeline, prepare, ready, videos
 from rkvlmd.actors.child import ChildDiedError
 from rkvlmd.actors.crashes import content_key
 from rkvlmd.errors import RkvlmdError
@@ -18,6 +18,7 @@ from rkvlmd.wire import child as wire
 
 if TYPE_CHECKING:
     from rkvlmd.actors.job import Job
+    from rkvlmd.actors.lease import Grip
     from rkvlmd.actors.loading import Loaded
     from rkvlmd.actors.pipeline import Tools
     from rkvlmd.actors.prepare import Picture, View
@@ -59,7 +60,7 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
         crash_key = content_key(turns, (p.sha256 for p in pictures))
         tools.crashes.check(crash_key)
         inputs = await _inputs(job, entry, how, tools, pictures)
-        prepare.check_rows(entry, pictures, tools.settings.queue.max_embedding_bytes)
+        checks.check_rows(entry, pictures, tools.settings.queue.max_embedding_bytes)
         job.phase = "waiting"
         job.checked.set()
         await _all(job, entry, inputs, tools, crash_key)
@@ -197,12 +198,13 @@ async def _all(job: Job, entry: Entry, inputs: list[Input], tools: Tools, crash_
                 began = trio.current_time()
                 loaded = await tools.residency.ensure(job.model, grip)
                 job.spent("load", began)
+                checks.check_same(job, entry, tools.residency.entry(job.model))
                 videos.check(job, entry, tools.residency.decoder_info(job.model))
                 until = trio.current_time() + TURN_SECONDS
                 while done < len(inputs) and (
                     trio.current_time() < until or not tools.lease.waiting
                 ):
-                    found = await _one(job, entry, inputs[done], loaded, tools)
+                    found = await _one(job, entry, inputs[done], loaded, tools, grip)
                     counted += found.tokens
                     done += 1
                     # The engine could not be interrupted: the client may have gone meanwhile.
@@ -221,12 +223,12 @@ async def _all(job: Job, entry: Entry, inputs: list[Input], tools: Tools, crash_
 
 
 async def _one(
-    job: Job, entry: Entry, given: Input, loaded: Loaded, tools: Tools
+    job: Job, entry: Entry, given: Input, loaded: Loaded, tools: Tools, grip: Grip
 ) -> wire.EmbedDone:
     with ExitStack() as stack:
         rows = []
         for view in given.views:
-            rows.append(await pipeline.encoded(job, view, loaded, tools))
+            rows.append(await pipeline.encoded(job, view, loaded, tools, grip))
             stack.callback(rows[-1].blob.close)
         child = loaded.child("decoder")
         began = trio.current_time()

@@ -79,10 +79,10 @@ class Caches:
     def param(self) -> types.CrossAttnParam:
         """The structure, with pointers into this object."""
         return types.CrossAttnParam(
-            encoder_k_cache=self.keys.ctypes.data_as(types.Floats),
-            encoder_v_cache=self.values.ctypes.data_as(types.Floats),
-            encoder_mask=self.mask.ctypes.data_as(types.Floats),
-            encoder_pos=self.positions.ctypes.data_as(types.Ints),
+            encoder_k_cache=types.pointer(self.keys, types.Floats),
+            encoder_v_cache=types.pointer(self.values, types.Floats),
+            encoder_mask=types.pointer(self.mask, types.Floats),
+            encoder_pos=types.pointer(self.positions, types.Ints),
             num_tokens=len(self.mask),
         )
 

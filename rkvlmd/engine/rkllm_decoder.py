@@ -148,8 +148,17 @@ class RkllmDecoder:
     def _probe(self, options: dict[str, Any], library: Library) -> rkllm_probe.Found:
         encoder = self._manifest.encoders[0]
         key = rkllm_probe.key(library, self._manifest.decoder.files["model"].sha256)
-        found = rkllm_probe.remembered(options.get("state", ""), key)
+        state = options.get("state", "")
+        found = rkllm_probe.remembered(state, key)
+        if found is not None and found.unfinished:
+            print(
+                "an earlier load died in its probe, so pictures count as not told apart; remove"
+                f" {rkllm_probe.FILE} from the state folder to probe again",
+                flush=True,
+            )
         if found is None:
+            # A library that dies in it must not do so at every load.
+            rkllm_probe.remember(state, key, rkllm_probe.Found(unfinished=True))
             found = rkllm_probe.look(
                 self._session,
                 tokens=encoder.tokens,
@@ -159,7 +168,7 @@ class RkllmDecoder:
                 tags=self._tags,
                 special=next(iter(self._manifest.special_strings), ""),
             )
-            rkllm_probe.remember(options.get("state", ""), key, found)
+            rkllm_probe.remember(state, key, found)
         return found
 
     def _load_adapters(self, folder: Path) -> None:
@@ -180,8 +189,10 @@ class RkllmDecoder:
             return False
         key = rkllm_probe.key(library, self._manifest.decoder.files["model"].sha256)
         state = options.get("state", "")
-        self._prompt_again = partial(rkllm_prompts.load, self._session, text, state, key)
-        return self._prompt_again()
+        load = partial(rkllm_prompts.load, self._session, text, state, key)
+        if loaded := load():
+            self._prompt_again = partial(load, proven=True)
+        return loaded
 
     def _has(self, defect: str) -> bool:
         """Whether this library and model meet a known defect."""
@@ -212,7 +223,8 @@ class RkllmDecoder:
         infer = infer_param(
             session.library,
             sampling=sampling,
-            max_new_tokens=order.max_tokens,
+            # The field has 32 bits, and 0 or less would mean that of the init.
+            max_new_tokens=max(1, min(order.max_tokens, self._manifest.decoder.context)),
             lora=order.adapter.encode() if order.adapter else None,
             save_prompt_cache=None if saved is None else saved.path,
         )
@@ -368,7 +380,10 @@ class RkllmDecoder:
         """Return the exact count, or an estimate from the size of the cache after the run."""
         if order.tokens:
             return len(order.tokens)
-        size = self._session.cache_sizes()[0]
+        try:
+            size = self._session.cache_sizes()[0]
+        except RuntimeError:
+            return order.count  # it does not say
         return size - answer.completion if size > answer.completion else order.count
 
     def _cached(self, prompt: int, answer: Answer) -> int | None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rkvlmd.engine.backend import Rows
 from rkvlmd.engine.rkllm_abi import Layout, new_input
 from rkvlmd.engine.rkllm_session import ImageTags
-from rkvlmd.engine.rkllm_types import Floats, InputType, Ints
+from rkvlmd.engine.rkllm_types import Floats, InputType, Ints, pointer
 from rkvlmd.errors import RkvlmdError
 
 #: What the library puts the rows of a picture or video in place of.
@@ -73,7 +73,7 @@ def prompt_input(layout: Layout, prompt: bytes) -> Any:
 def token_input(layout: Layout, tokens: npt.NDArray[np.int32]) -> Any:
     """Return an input of token ids; the caller keeps the array (C order) until the run ends."""
     value = _new(layout, InputType.TOKEN)
-    value.token_input.input_ids = tokens.ctypes.data_as(Ints)
+    value.token_input.input_ids = pointer(tokens, Ints)
     value.token_input.n_tokens = tokens.size
     return value
 
@@ -81,7 +81,7 @@ def token_input(layout: Layout, tokens: npt.NDArray[np.int32]) -> Any:
 def embed_input(layout: Layout, rows: Rows) -> Any:
     """Return an input of embeddings, (tokens, embedding size); the caller keeps the array."""
     value = _new(layout, InputType.EMBED)
-    value.embed_input.embed = rows.ctypes.data_as(Floats)
+    value.embed_input.embed = pointer(rows, Floats)
     value.embed_input.n_tokens = rows.shape[0]
     return value
 
@@ -113,18 +113,18 @@ def multimodal_input(
     target.prompt = prompt
     if pictures is not None and layout.per_run:
         image = target.image
-        image.image_embed = pictures.rows.ctypes.data_as(Floats)
+        image.image_embed = pointer(pictures.rows, Floats)
         image.n_image, image.n_image_tokens = count, pictures.rows.shape[1]
         image.image_start, image.image_end = pictures.tags.start, pictures.tags.end
         image.image_content = pictures.tags.content
         image.image_width, image.image_height = pictures.width, pictures.height
     elif pictures is not None:
-        target.image_embed = pictures.rows.ctypes.data_as(Floats)
+        target.image_embed = pointer(pictures.rows, Floats)
         target.n_image, target.n_image_tokens = count, pictures.rows.shape[1]
         target.image_width, target.image_height = pictures.width, pictures.height
     if videos is not None:
         video = target.video
-        video.video_embed = videos.rows.ctypes.data_as(Floats)
+        video.video_embed = pointer(videos.rows, Floats)
         video.n_video, video.n_frame_per_video = films, frames
         video.n_frame_tokens = videos.rows.shape[1]
         video.video_start, video.video_end = videos.tags.start, videos.tags.end

@@ -44,6 +44,8 @@ class Found:
     that is aborted still tells its end. ``kept_after_run``: positions of the
     cache after a run of ``run_tokens``, its one answered token not counted.
     ``callbacks_elsewhere``: they come on another thread than that which runs.
+    ``unfinished``: an earlier load died in its probe, and so this is the
+    careful answer: nothing is known.
     """
 
     pictures_told_apart: bool = False
@@ -52,6 +54,7 @@ class Found:
     kept_after_run: int = 0
     run_tokens: int = 0
     callbacks_elsewhere: bool = False
+    unfinished: bool = False
 
 
 @dataclass(slots=True)
@@ -112,10 +115,9 @@ def look(
             break
         computed.append(run.computed)
         if seed == 1:
-            kept = session.cache_sizes()[0]
             found = replace(
                 found,
-                kept_after_run=kept,
+                kept_after_run=_kept(session),
                 run_tokens=run.computed,
                 callbacks_elsewhere=run.elsewhere,
             )
@@ -127,6 +129,13 @@ def look(
         special_strings=_tokens_of(session, special),
         finish_after_abort=_finishes(session),
     )
+
+
+def _kept(session: Session) -> int:
+    try:
+        return session.cache_sizes()[0]
+    except RuntimeError:
+        return 0  # the library does not say
 
 
 def _tokens_of(session: Session, special: str) -> int:
@@ -169,7 +178,10 @@ def remember(state: str, what: str, found: Found) -> None:
         del kept[next(iter(kept))]
     temporary = path.with_suffix(".new")
     try:
-        temporary.write_text(json.dumps(kept, indent=1))
+        with temporary.open("w") as file:
+            file.write(json.dumps(kept, indent=1))
+            file.flush()
+            os.fsync(file.fileno())  # what dies next may be the whole board
         os.replace(temporary, path)
     except OSError as exc:
         print(f"the result of the probe could not be kept: {exc.strerror}", flush=True)

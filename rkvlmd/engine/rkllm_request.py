@@ -90,7 +90,10 @@ class Requests:
             embeds = self.table(order.tokens, order.spans, rows)
             return Request(inputs.embed_input(layout, embeds), held, embeds)
         if self._manifest.decoder.input == "tokens":
-            ids = np.asarray(order.tokens, np.int32)
+            wide = np.asarray(order.tokens, np.int64)
+            ids = wide.astype(np.int32)
+            if (ids != wide).any() or ids.min() < 0:
+                raise RkvlmdError("engine_error", "The prompt has a token that the model lacks.")
             return Request(inputs.token_input(layout, ids), held, ids)
         if not rows:
             return Request(inputs.prompt_input(layout, prompt), held)

@@ -179,3 +179,12 @@ class Callback(Structure):
         ("embed_callback", EmbedCallback),
         ("embed_userdata", c.c_void_p),
     )
+
+
+def pointer(array: Any, kind: Any) -> Any:
+    """Return a pointer of type ``kind`` to a NumPy array, which the caller keeps.
+
+    That of NumPy, made from an object, refers to itself: with each run some
+    hundred bytes would wait for the collector.
+    """
+    return c.cast(array.ctypes.data, kind)

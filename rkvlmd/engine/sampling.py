@@ -16,6 +16,8 @@ Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 #: Temperatures below this choose the best token: dividing by less overflows float32.
 GREEDY_BELOW = 1e-4
+#: Least repetition penalty: dividing by less overflows float32, too.
+LEAST = 1e-6
 
 
 class Sampler:
@@ -90,6 +92,7 @@ def penalise(
         return logits
     out = logits.copy()
     if repeats:
+        repetition = max(repetition, LEAST)
         ids = np.fromiter(seen, np.int64, len(seen))
         ids = ids[ids < out.size]
         values = out[ids]

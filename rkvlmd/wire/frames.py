@@ -15,8 +15,9 @@ import msgspec
 Message = dict[str, Any]
 
 _HEAD = struct.Struct(">I")
-#: Most descriptors that one frame may carry (Linux allows 253 per message).
-MAX_FDS = 64
+#: Most descriptors that one frame may carry: SCM_MAX_FD of Linux (unix(7)). A prompt has one for each
+#: view of its pictures, and four pictures in 17 tiles each are 68.
+MAX_FDS = 253
 #: Largest body. A prompt of 16384 token ids is about 100 kB of JSON.
 MAX_BYTES = 8 << 20
 

@@ -64,7 +64,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             raise invalid(self.path(name), "must be an integer.")
         if not least <= value <= most:
-            raise invalid(self.path(name), _range(least, most))
+            raise invalid(self.path(name), _range(value, least, most))
         return value
 
     def number(self, name: str, *, least: float, most: float, above: bool = False) -> float | None:
@@ -81,9 +81,11 @@ class Fields:
         return float(value)
 
 
-def _range(least: int, most: int) -> str:
+def _range(value: int, least: int, most: int) -> str:
+    """Return what ``value`` violates: a bound of 64 bits is no news to those who are below ``least``."""
     if most == INT64 - 1:
-        return f"must be at least {least}." if least >= 0 else "must fit in 64 bits."
+        low = value < least and least > -INT64
+        return f"must be at least {least}." if low else "must fit in 64 bits."
     return f"must be from {least} to {most}."
 
 

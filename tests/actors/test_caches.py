@@ -45,7 +45,7 @@ async def test_eight_clients_with_the_same_picture_cause_one_encode(
 ) -> None:
     stage = Stage(same=True, encode_gate=trio.Event())
     async with quick_house(tmp_path, "a", child=stage.child, npu={"overlap": overlap}) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             jobs = [submit(house, chat(pictures=1, model="a"), f"10.0.0.{n}") for n in range(8)]
             await stage.encoding.wait()
             await trio.testing.wait_all_tasks_blocked(0.005)
@@ -78,7 +78,7 @@ async def test_callers_of_one_key_wait_for_one_make() -> None:
         found.blob.close()
         got.append(there)
 
-    with trio.fail_after(20), EmbeddingCache(1000) as cache:
+    with trio.fail_after(60), EmbeddingCache(1000) as cache:
         async with trio.open_nursery() as nursery:
             for _ in range(8):
                 nursery.start_soon(call, cache)
@@ -199,7 +199,7 @@ async def test_a_follow_up_comes_before_its_cache_is_overwritten(
     stage = Stage()
     queue = {"max_jumps": jumps}
     async with quick_house(tmp_path, "a", child=stage.child, queue=queue) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert (await collect(submit(house, chat(LONG, model="a"))))[1].reason == "stop"
             await house.scheduler.wait_empty()
             async with house.tools.lease.hold("test", "a"):
@@ -214,7 +214,7 @@ async def test_a_follow_up_comes_before_its_cache_is_overwritten(
 async def test_what_a_failed_run_leaves_is_not_known(tmp_path: Path) -> None:
     stage = Stage(answer_gate=trio.Event(), fail="decoder")
     async with quick_house(tmp_path, "a", child=stage.child) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             stage.answer_gate = None
             await collect(submit(house, chat(LONG, model="a")))
             assert house.tools.warm.conversations == 0
@@ -225,7 +225,7 @@ async def test_what_a_failed_run_leaves_is_not_known(tmp_path: Path) -> None:
 async def test_what_an_aborted_run_leaves_is_known(tmp_path: Path) -> None:
     stage = Stage(answer_gate=trio.Event())
     async with quick_house(tmp_path, "a", child=stage.child) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             job = submit(house, chat(LONG, model="a"))
             await stage.answering.wait()
             job.abandon("client_gone")
@@ -260,7 +260,7 @@ def test_pixels_have_a_ceiling_of_their_own() -> None:
 async def test_pictures_beyond_the_ceiling_are_refused_and_nothing_stays(tmp_path: Path) -> None:
     # Pictures of eight values, so of three pixels, each.
     async with quick_house(tmp_path, "a", queue={"max_pixels": 7}) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with house.tools.lease.hold("test", "a"):
                 two = submit(house, chat(pictures=2, model="a"))
                 await until_phase(house, two, "waiting")
@@ -294,7 +294,7 @@ async def test_a_download_counts_until_it_is_decoded(tmp_path: Path) -> None:
     made: Any = Looking
     async with quick_house(tmp_path, "a", child=made, queue={"max_bytes": 2800}) as house:
         house.tools.fetcher = Fetcher()  # type: ignore[assignment]
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert (await collect(submit(house, request)))[1].reason == "stop"
             await house.scheduler.wait_empty()
             assert max(seen) == 1000 + 3 * 600
@@ -315,7 +315,7 @@ async def test_a_request_with_too_many_embeddings_is_refused_with_both_numbers(
     # Four rows of eight floats a picture.
     queue = {"max_embedding_bytes": 300}
     async with quick_house(tmp_path, "a", queue=queue) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert (await collect(submit(house, chat(pictures=2, model="a"))))[1].reason == "stop"
             _, end = await collect(submit(house, chat(pictures=3, model="a")))
             assert end.error is not None
@@ -443,7 +443,7 @@ async def test_a_load_counts_what_conversations_may_take(
     prep = Prep(settings, lambda name: made(name, "prep"))
     room = memory.OVERHEAD_BYTES + settings.memory.reserve_bytes + (100 << 20)
     async with house_of(settings, loader, prep, room=lambda: room) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             if fits:
                 await house.residency.load("a")
             else:

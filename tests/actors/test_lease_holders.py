@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 import trio
-import trio.abc
 
 from rkvlmd.actors.blobs import Blob
 from rkvlmd.actors.house import House
-from rkvlmd.actors.job import Job
 from rkvlmd.actors.prep import Prep
 from tests.fakes.children import FakeChild, FakeLoader
 from tests.fakes.parts import house_of
 from tests.fakes.scripted import chat, collect, make_model, settings_for, submit
 from tests.fakes.stage import Stage
-from tests.fakes.torture import cancel_everywhere
+from tests.fakes.torture import AbandonAtStep, cancel_everywhere
 
 
 @pytest.fixture(scope="module")
@@ -75,31 +73,13 @@ def test_the_whole_house_cancelled_at_every_step(folder: Path, overlap: bool) ->
     assert cancel_everywhere(scenario, check) > 100
 
 
-class _AbandonAtStep(trio.abc.Instrument):
-    """Abandons the job at the k-th step after it was submitted."""
-
-    def __init__(self, k: int) -> None:
-        self._k = k
-        self._steps = 0
-        self.job: Job | None = None
-        self.too_late = False
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if self.job is None:
-            return
-        self._steps += 1
-        if self._steps == self._k:
-            self.too_late = self.job.outbox.end is not None
-            self.job.abandon("client_gone")
-
-
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_job_abandoned_at_every_step(folder: Path, loaded: bool) -> None:
-    async def scenario(instrument: _AbandonAtStep) -> None:
+    async def scenario(instrument: AbandonAtStep) -> None:
         async with open_house(folder) as house:
             if loaded:
                 await house.residency.load("a")
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 instrument.job = submit(house, chat("first", pictures=1, model="a"))
                 _, end = await collect(instrument.job)
                 assert end.reason in ("client_gone", "stop")
@@ -111,7 +91,7 @@ def test_a_job_abandoned_at_every_step(folder: Path, loaded: bool) -> None:
         assert Blob.live == 0
 
     for k in range(1, 1000):
-        instrument = _AbandonAtStep(k)
+        instrument = AbandonAtStep(k)
         trio.run(scenario, instrument, instruments=[instrument])
         if instrument.too_late:
             break

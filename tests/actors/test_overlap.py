@@ -13,8 +13,11 @@ import trio.testing
 from rkvlmd.actors.blobs import Blob
 from rkvlmd.actors.house import House
 from rkvlmd.actors.job import Job
+from rkvlmd.actors.lease import Lease
+from rkvlmd.actors.loading import Loaded
+from rkvlmd.actors.overlap import Overlap
 from tests.fakes.quick_house import quick_house
-from tests.fakes.scripted import chat, collect, submit, until_phase
+from tests.fakes.scripted import chat, collect, submit, until_phase, waits
 from tests.fakes.stage import Stage
 
 ON = {"overlap": True}
@@ -36,9 +39,17 @@ async def running(house: House, stage: Stage) -> Job:
     """Return a job of text alone that decodes until the gate opens."""
     stage.answer_gate = trio.Event()
     job = submit(house, chat("first", model="a"), "10.0.0.1")
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         await stage.answering.wait()
     return job
+
+
+async def beside(house: House, stage: Stage) -> tuple[Job, Job]:
+    """Return a job that decodes, and one whose picture is encoded meanwhile."""
+    first = await running(house, stage)
+    second = await waiting(house, "10.0.0.2")
+    await stage.encoding.wait()
+    return first, second
 
 
 def go_on(stage: Stage) -> None:
@@ -49,7 +60,7 @@ def go_on(stage: Stage) -> None:
 
 async def encodes_beside_a_decode(house: House, stage: Stage, model: str = "a") -> int:
     """Return how many encodes began for a waiting job before the decode ended; end both jobs."""
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         first = await running(house, stage)
         second = await waiting(house, "10.0.0.2", model=model)
         await trio.testing.wait_all_tasks_blocked()
@@ -63,7 +74,7 @@ async def encodes_beside_a_decode(house: House, stage: Stage, model: str = "a") 
 async def test_the_next_ones_picture_is_encoded_beside_the_decode(tmp_path: Path) -> None:
     stage = Stage()
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             first = await running(house, stage)
             second = await waiting(house, "10.0.0.2", pictures=2)
             await trio.testing.wait_all_tasks_blocked()
@@ -100,10 +111,8 @@ async def test_an_answer_ends_before_the_encode_beside_it_and_nothing_else_begin
 ) -> None:
     stage = Stage(encode_gate=trio.Event())
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
-        with trio.fail_after(20):
-            first = await running(house, stage)
-            second = await waiting(house, "10.0.0.2")
-            await stage.encoding.wait()
+        with trio.fail_after(60):
+            first, second = await beside(house, stage)
             unloaded = trio.Event()
 
             async def unload() -> None:
@@ -132,12 +141,13 @@ async def test_a_failed_encode_beside_a_decode_is_the_last_one(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = Stage(fail="encoder", how=how)
-    engine = {"encode_seconds": 0.1}
-    async with quick_house(tmp_path, "a", child=stage.child, npu=ON, engine=engine) as house:
-        with trio.fail_after(20), caplog.at_level(logging.ERROR):
+    engine = {"encode_seconds": 0.1} if how == "hang" else {}
+    async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
+        with trio.fail_after(60), caplog.at_level(logging.ERROR):
             first = await running(house, stage)
-            second = await waiting(house, "10.0.0.2")
-            await house.tools.overlap.gave_up.wait()
+            with waits(house, engine=engine):
+                second = await waiting(house, "10.0.0.2")
+                await house.tools.overlap.gave_up.wait()
             third = await waiting(house, "10.0.0.3")
             await trio.testing.wait_all_tasks_blocked()
             assert stage.encodes == 1
@@ -159,7 +169,7 @@ async def test_a_failed_encode_beside_a_decode_is_the_last_one(
 async def test_a_decode_that_fails_beside_an_encode_ends_it_too(tmp_path: Path, how: str) -> None:
     stage = Stage(how=how)
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             first = await running(house, stage)
             second = await waiting(house, "10.0.0.2")
             await trio.testing.wait_all_tasks_blocked()
@@ -175,7 +185,7 @@ async def test_a_decode_that_fails_beside_an_encode_ends_it_too(tmp_path: Path, 
 async def test_a_decode_that_fails_alone_is_no_reason(tmp_path: Path) -> None:
     stage = Stage(fail="decoder")
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             _, end = await collect(submit(house, chat("x", pictures=1, model="a")))
             assert end.reason == "error"
         assert house.tools.overlap.on
@@ -184,10 +194,8 @@ async def test_a_decode_that_fails_alone_is_no_reason(tmp_path: Path) -> None:
 async def test_a_client_that_leaves_while_its_picture_is_encoded_ahead(tmp_path: Path) -> None:
     stage = Stage(same=True, encode_gate=trio.Event())
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
-        with trio.fail_after(20):
-            first = await running(house, stage)
-            second = await waiting(house, "10.0.0.2")
-            await stage.encoding.wait()
+        with trio.fail_after(60):
+            first, second = await beside(house, stage)
             second.abandon("client_gone")
             third = await waiting(house, "10.0.0.3")
             assert stage.encode_gate is not None
@@ -203,10 +211,8 @@ async def test_a_client_that_leaves_while_its_picture_is_encoded_ahead(tmp_path:
 async def test_a_client_that_leaves_while_anothers_picture_is_encoded(tmp_path: Path) -> None:
     stage = Stage(encode_gate=trio.Event())
     async with quick_house(tmp_path, "a", child=stage.child, npu=ON) as house:
-        with trio.fail_after(20):
-            first = await running(house, stage)
-            second = await waiting(house, "10.0.0.2")
-            await stage.encoding.wait()
+        with trio.fail_after(60):
+            first, second = await beside(house, stage)
             first.abandon("client_gone")
             _, end = await collect(first)
             assert end.reason == "client_gone"
@@ -223,3 +229,25 @@ async def test_another_models_picture_is_not_encoded_ahead(tmp_path: Path) -> No
     stage = Stage()
     async with quick_house(tmp_path, "a", "b", child=stage.child, npu=ON) as house:
         assert await encodes_beside_a_decode(house, stage, model="b") == 0
+
+
+async def test_a_bug_beside_a_decode_is_not_the_end_of_the_house() -> None:
+    async def ahead(_loaded: Any) -> bool:
+        raise RuntimeError("nobody thought of it")
+
+    lease, overlap = Lease(), Overlap(on=True)
+    lease.loaded = lambda: "m"
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery, lease.hold("a", "m"):
+            overlap.nursery = nursery
+
+            async def wait() -> None:
+                async with lease.hold("b", "m", ahead=ahead):
+                    pass
+
+            nursery.start_soon(wait)
+            async with overlap.beside(lease, Loaded([])) as decoding:
+                decoding.set()
+                await overlap.gave_up.wait()
+    assert not overlap.on
+    assert "error of the server" in overlap.status()

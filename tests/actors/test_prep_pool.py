@@ -18,6 +18,7 @@ from rkvlmd.wire import child as wire
 from tests.fakes.children import FakeChild, memfd
 from tests.fakes.scripted import settings_for
 
+Clock = trio.testing.MockClock
 WAIT = 1.0
 
 
@@ -39,6 +40,13 @@ class Hand(FakeChild):
     def tokens(self, order: wire.Render, pictures: int) -> list[int]:
         self._prompts.append(self.name)
         return super().tokens(order, pictures)
+
+
+def _picture(number: int) -> wire.ToChild:
+    return wire.Picture(
+        id=number, encoding="raw", manifest={"encoders": [{"tokens": 4}]}, max_bytes=1,
+        max_pixels=1, min_side=1, max_aspect=1,
+    )  # fmt: skip
 
 
 class Pool:
@@ -71,13 +79,7 @@ class Pool:
         return trio.current_time() - began
 
     async def picture(self) -> None:
-        _, blobs = await self.prep.do(
-            lambda number: wire.Picture(
-                id=number, encoding="raw", manifest={"encoders": [{"tokens": 4}]}, max_bytes=1,
-                max_pixels=1, min_side=1, max_aspect=1,
-            ),
-            [Blob(memfd(1))], expect=wire.PictureDone,
-        )  # fmt: skip
+        _, blobs = await self.prep.do(_picture, [Blob(memfd(1))], expect=wire.PictureDone)
         for blob in blobs:
             blob.close()
 
@@ -90,8 +92,12 @@ class Pool:
 
     async def both_idle(self) -> None:
         await self.both_busy()
-        for hand in self.hands.values():
-            hand.gate.set()
+        for name in list(self.hands):
+            await self.free(name)
+
+    async def free(self, name: str) -> None:
+        """Let the picture of a child go on; return when all is done that can be."""
+        self.hands[name].gate.set()
         await trio.testing.wait_all_tasks_blocked()
 
 
@@ -106,52 +112,45 @@ async def pool_of(tmp: Path, **prep: Any) -> AsyncIterator[Pool]:
             nursery.cancel_scope.cancel()
 
 
-async def test_prompts_stay_with_one_child(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
-    async with pool_of(tmp_path) as pool:
-        await pool.both_idle()
+@pytest.fixture
+async def pool(tmp_path: Path) -> AsyncIterator[Pool]:
+    async with pool_of(tmp_path) as made:
+        yield made
+
+
+async def test_prompts_stay_with_one_child(pool: Pool, autojump_clock: Clock) -> None:
+    await pool.both_idle()
+    for _ in range(10):
+        assert await pool.prompt() == 0
+        await pool.picture()
+    assert pool.prompts == ["prep:1"] * 10
+    async with trio.open_nursery() as nursery:
         for _ in range(10):
-            assert await pool.prompt() == 0
-            await pool.picture()
-        assert pool.prompts == ["prep:1"] * 10
-        async with trio.open_nursery() as nursery:
-            for _ in range(10):
-                nursery.start_soon(pool.prompt)
-        assert set(pool.prompts) == {"prep:1"}
+            nursery.start_soon(pool.prompt)
+    assert set(pool.prompts) == {"prep:1"}
 
 
-async def test_a_prompt_waits_for_its_child(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
-    async with pool_of(tmp_path) as pool:
-        await pool.both_busy()
-        pool.nursery.start_soon(pool.prompt)
-        pool.hands["prep:2"].gate.set()
-        await trio.testing.wait_all_tasks_blocked()
-        assert pool.prompts == []
-        await pool.picture()  # the other one works on, past the prompt
-        await trio.sleep(WAIT / 2)
-        assert pool.prompts == []
-        pool.hands["prep:1"].gate.set()
-        await trio.testing.wait_all_tasks_blocked()
-        assert pool.prompts == ["prep:1"]
+async def test_a_prompt_waits_for_its_child(pool: Pool, autojump_clock: Clock) -> None:
+    await pool.both_busy()
+    pool.nursery.start_soon(pool.prompt)
+    await pool.free("prep:2")
+    assert pool.prompts == []
+    await pool.picture()  # the other one works on, past the prompt
+    await trio.sleep(WAIT / 2)
+    assert pool.prompts == []
+    await pool.free("prep:1")
+    assert pool.prompts == ["prep:1"]
 
 
-async def test_a_prompt_does_not_wait_for_long(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
-    async with pool_of(tmp_path) as pool:
-        await pool.both_busy()
-        pool.hands["prep:2"].gate.set()
-        assert await pool.prompt() == pytest.approx(WAIT)
-        assert await pool.prompt() == 0  # now that one has the tokenizer as well
-        assert pool.prompts == ["prep:2"] * 2
+async def test_a_prompt_does_not_wait_for_long(pool: Pool, autojump_clock: Clock) -> None:
+    await pool.both_busy()
+    pool.hands["prep:2"].gate.set()
+    assert await pool.prompt() == pytest.approx(WAIT)
+    assert await pool.prompt() == 0  # now that one has the tokenizer as well
+    assert pool.prompts == ["prep:2"] * 2
 
 
-async def test_a_prompt_may_wait_not_at_all(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_prompt_may_wait_not_at_all(tmp_path: Path, autojump_clock: Clock) -> None:
     async with pool_of(tmp_path, prompt_wait_seconds=0.0) as pool:
         await pool.both_busy()
         pool.hands["prep:2"].gate.set()
@@ -160,83 +159,70 @@ async def test_a_prompt_may_wait_not_at_all(
 
 
 async def test_both_busy_the_first_that_is_free_after_the_wait(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
+    pool: Pool, autojump_clock: Clock
 ) -> None:
-    async with pool_of(tmp_path) as pool:
-        await pool.both_busy()
-        pool.nursery.start_soon(pool.prompt)
-        await trio.sleep(2 * WAIT)
-        assert pool.prompts == []
-        pool.hands["prep:2"].gate.set()
-        await trio.testing.wait_all_tasks_blocked()
-        assert pool.prompts == ["prep:2"]
+    await pool.both_busy()
+    pool.nursery.start_soon(pool.prompt)
+    await trio.sleep(2 * WAIT)
+    assert pool.prompts == []
+    await pool.free("prep:2")
+    assert pool.prompts == ["prep:2"]
 
 
-async def test_the_child_with_the_tokenizer_has_died(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
-    async with pool_of(tmp_path) as pool:
-        await pool.both_idle()
-        await pool.prompt()
-        pool.hands["prep:1"].die()
-        assert await pool.prompt() == 0
-        assert await pool.prompt() == 0
-        assert pool.prompts == ["prep:1", "prep:2", "prep:2"]
+async def test_the_child_with_the_tokenizer_has_died(pool: Pool, autojump_clock: Clock) -> None:
+    await pool.both_idle()
+    await pool.prompt()
+    pool.hands["prep:1"].die()
+    assert await pool.prompt() == 0
+    assert await pool.prompt() == 0
+    assert pool.prompts == ["prep:1", "prep:2", "prep:2"]
 
 
-async def test_it_dies_while_a_prompt_waits_for_it(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
-    async with pool_of(tmp_path) as pool:
-        await pool.both_busy()
-        pool.hands["prep:2"].gate.set()
-        pool.nursery.start_soon(pool.prompt)
-        await trio.testing.wait_all_tasks_blocked()
-        began = trio.current_time()
-        pool.hands["prep:1"].die()
-        await trio.testing.wait_all_tasks_blocked()
-        # Its picture goes to the other child, the prompt to the one that starts in its place.
-        assert (pool.prompts, trio.current_time()) == (["prep:3"], began)
+async def test_it_dies_while_a_prompt_waits_for_it(pool: Pool, autojump_clock: Clock) -> None:
+    await pool.both_busy()
+    pool.hands["prep:2"].gate.set()
+    pool.nursery.start_soon(pool.prompt)
+    await trio.testing.wait_all_tasks_blocked()
+    began = trio.current_time()
+    pool.hands["prep:1"].die()
+    await trio.testing.wait_all_tasks_blocked()
+    # Its picture goes to the other child, the prompt to the one that starts in its place.
+    assert (pool.prompts, trio.current_time()) == (["prep:3"], began)
 
 
-async def test_prompts_alone_start_one_child(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
-    async with pool_of(tmp_path) as pool:
-        async with trio.open_nursery() as nursery:
-            for _ in range(8):
-                nursery.start_soon(pool.prompt)
-        assert pool.up == ["prep:1"]
+async def test_prompts_alone_start_one_child(pool: Pool, autojump_clock: Clock) -> None:
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(pool.prompt)
+    assert pool.up == ["prep:1"]
 
 
 async def test_a_second_child_starts_for_a_prompt_that_waits_too_long(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
+    pool: Pool, autojump_clock: Clock
 ) -> None:
-    async with pool_of(tmp_path) as pool:
-        pool.nursery.start_soon(pool.picture)
-        await trio.testing.wait_all_tasks_blocked()
-        assert await pool.prompt() == pytest.approx(WAIT)
-        assert pool.prompts == ["prep:2"]
+    pool.nursery.start_soon(pool.picture)
+    await trio.testing.wait_all_tasks_blocked()
+    assert await pool.prompt() == pytest.approx(WAIT)
+    assert pool.prompts == ["prep:2"]
 
 
 async def test_a_prompt_that_nobody_waits_for_holds_up_nothing(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
+    pool: Pool, autojump_clock: Clock
 ) -> None:
-    async with pool_of(tmp_path) as pool:
-        await pool.both_busy()
-        pool.hands["prep:2"].gate.set()
-        with trio.move_on_after(WAIT / 2) as gone:
-            await pool.prompt()
-        assert gone.cancelled_caught
-        assert (pool.prompts, pool.prep.waiting) == ([], 0)
-        pool.hands["prep:1"].gate.set()
-        await pool.prep.wait_idle()
-        assert pool.prompts == []
+    await pool.both_busy()
+    pool.hands["prep:2"].gate.set()
+    with trio.move_on_after(WAIT / 2) as gone:
+        await pool.prompt()
+    assert gone.cancelled_caught
+    assert (pool.prompts, pool.prep.waiting) == ([], 0)
+    pool.hands["prep:1"].gate.set()
+    await pool.prep.wait_idle()
+    assert pool.prompts == []
 
 
 @pytest.mark.parametrize(("children", "first"), [(2, True), (1, False)])
 async def test_a_child_with_the_tokenizer_does_prompts_first_where_another_does_pictures(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock, children: int, first: bool
+    tmp_path: Path, autojump_clock: Clock, children: int, first: bool
 ) -> None:
     async with pool_of(tmp_path, children=children) as pool:
         for _ in range(children):
@@ -256,7 +242,7 @@ async def test_a_child_with_the_tokenizer_does_prompts_first_where_another_does_
 
 @pytest.mark.parametrize("idle", [0.0, 5.0])
 async def test_children_that_left_take_their_places_with_them(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock, idle: float
+    tmp_path: Path, autojump_clock: Clock, idle: float
 ) -> None:
     async with pool_of(tmp_path, idle_seconds=idle) as pool:
         for name in ("prep:1", "prep:2"):
@@ -290,10 +276,3 @@ def test_what_a_child_imports_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     trio.run(main)
     assert "--warm" not in made["prep:1"]
     assert made["prep:2"][-2:] == ["--warm", "pictures"]
-
-
-def _picture(number: int) -> wire.ToChild:
-    return wire.Picture(
-        id=number, encoding="raw", manifest={"encoders": [{"tokens": 4}]}, max_bytes=1,
-        max_pixels=1, min_side=1, max_aspect=1,
-    )  # fmt: skip

@@ -176,7 +176,7 @@ async def test_a_kept_encoder_that_dies_is_started_by_the_next_load_alone(
         assert await ask(house, "b") == "stop"
         machine.started.clear()
         machine.named("encoder:a").die()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while house.residency.model("a").encoders_kept:
                 await house.residency.wait_change()
         assert await ask(house, "b") == "stop"
@@ -355,7 +355,7 @@ async def test_a_request_that_waits_when_the_pin_comes(tmp_path: Path, machine: 
         await house.residency.load("a")
         async with house.tools.lease.hold("somebody", "a"):
             job = submit(house, chat(model="b"))
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 await house.residency.pin("a")
         _, end = await collect(job)
         assert end.error is not None
@@ -378,7 +378,7 @@ async def test_a_pin_survives_a_restart(tmp_path: Path, machine: Machine) -> Non
     async with machine.house(tmp_path, "a", "b", ledger=True) as house:
         await house.residency.pin("a")
     async with machine.house(tmp_path, "a", "b", ledger=True) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while house.residency.model("a").state is not READY:
                 await house.residency.wait_change()
         assert house.residency.model("a").pinned
@@ -444,7 +444,7 @@ async def test_requests_for_a_model_that_is_loading_wait_and_say_so(
 
 
 async def test_what_a_load_took_tells_how_long_the_next_one_will_take(
-    tmp_path: Path, machine: Machine, autojump_clock: trio.abc.Clock
+    tmp_path: Path, machine: Machine, patient_clock: trio.abc.Clock
 ) -> None:
     async with machine.house(tmp_path, "a", "b", ledger=True) as house:
         bring_up = house.residency._loader.bring_up

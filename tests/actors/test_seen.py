@@ -55,7 +55,7 @@ def decoded(house: House) -> int:
 async def test_a_second_turn_decodes_nothing(tmp_path: Path) -> None:
     stage = Stage(same=True)
     async with quick_house(tmp_path, "a", child=stage.child) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             first = await usage(house)
             for _ in range(5):
                 assert await usage(house) == first
@@ -72,7 +72,7 @@ async def test_a_second_turn_decodes_nothing(tmp_path: Path) -> None:
 async def test_another_picture_of_the_same_size_is_decoded_once(tmp_path: Path) -> None:
     stage = Stage()  # each one is another
     async with quick_house(tmp_path, "a", child=stage.child) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             for _ in range(3):
                 await usage(house)
             assert decoded(house) == stage.encodes == 3
@@ -81,7 +81,7 @@ async def test_another_picture_of_the_same_size_is_decoded_once(tmp_path: Path) 
 async def test_other_limits_or_another_detail_decode_again(tmp_path: Path) -> None:
     stage = Stage(same=True)
     async with quick_house(tmp_path, "a", child=stage.child) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await usage(house)
             asked = chat(pictures=1, model="a")
             (one,) = asked.pictures
@@ -115,7 +115,7 @@ async def test_rows_that_leave_meanwhile(tmp_path: Path, when: str) -> None:
 
     async with quick_house(tmp_path, "a", child=make, cache={"embeddings_bytes": 1000}) as house:
         houses.append(house)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             first = await usage(house)
             async with house.tools.lease.hold("test", "a"):
                 job = submit(house, chat(pictures=1, model="a"))
@@ -146,7 +146,7 @@ async def test_a_child_that_knows_nothing_of_it_is_not_believed(tmp_path: Path) 
         return (Liar if role == "prep" else FakeChild)(name, role, words=words)
 
     async with quick_house(tmp_path, "a", child=make) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             _, end = await collect(submit(house, chat(pictures=1, model="a")))
             assert end.error is not None
             assert end.error.code == "server_error"

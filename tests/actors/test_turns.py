@@ -54,7 +54,7 @@ async def test_one_chunk_of_all_files_in_a_turn(
     async def fill(number: int) -> None:
         made.append(await blobs.from_text(str(number) * 3 * blobs._CHUNK))
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         monkeypatch.setattr(os, "write", counted)
         async with trio.open_nursery() as nursery:
             for number in range(8):

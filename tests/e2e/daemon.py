@@ -21,7 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 #: Longest wait for anything of a daemon, seconds.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 @dataclass

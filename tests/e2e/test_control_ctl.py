@@ -330,18 +330,22 @@ async def test_reader_that_leaves_is_no_traceback(path):
 
 
 def test_it_starts_at_once(path):
-    """CPU time, not wall time: the machine may be busy with other things."""
+    """CPU time, as a multiple of a bare Python's: the machine may be slow, or busy."""
 
     def spent():
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    taken = []
-    for _ in range(5):
-        before = spent()
-        subprocess.run([*COMMAND, "--control", str(path), "status"], capture_output=True)
-        taken.append(spent() - before)
-    assert min(taken) < 0.1
+    def least(*command):
+        taken = []
+        for _ in range(5):
+            before = spent()
+            subprocess.run(command, capture_output=True)
+            taken.append(spent() - before)
+        return min(taken)
+
+    bare = least(sys.executable, "-c", "pass")
+    assert least(*COMMAND, "--control", str(path), "status") < 10 * bare  # 4 on a quiet machine
 
 
 def test_it_imports_no_more_than_it_needs():

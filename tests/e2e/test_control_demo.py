@@ -48,7 +48,7 @@ def run(folder, tmp_path, mode="good"):
         [sys.executable, "-c", RUN, str(folder), str(DAEMON), str(record), mode],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=os.environ | {"TMPDIR": str(scratch)},
         start_new_session=True,
     )

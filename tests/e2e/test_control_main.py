@@ -42,7 +42,7 @@ def run(*args, **env):
         [*COMMAND, *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=os.environ | env,
     )
 
@@ -65,7 +65,7 @@ class Daemon:
 
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        self.rest, self.log = self.process.communicate(timeout=60)
+        self.rest, self.log = self.process.communicate(timeout=120)
         return self.process.returncode
 
     def __exit__(self, *_):
@@ -99,7 +99,7 @@ def test_journal_gets_priorities(place):
         taken.bind(str(place / "s"))
         taken.listen()
         command = [*COMMAND, *options(place)]
-        subprocess.run(command, stderr=theirs, env=env, timeout=60, stdout=subprocess.DEVNULL)
+        subprocess.run(command, stderr=theirs, env=env, timeout=120, stdout=subprocess.DEVNULL)
     os.close(theirs)
     with os.fdopen(ours) as log:
         lines = log.read().splitlines()
@@ -251,7 +251,7 @@ def test_the_soft_limit_of_open_files_is_raised(place, soft, hard, wanted):
         assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (wanted, hard)
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
     assert process.returncode == 0
 
 

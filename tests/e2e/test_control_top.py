@@ -29,7 +29,7 @@ def test_top_and_bench(tmp_path: Path) -> None:
         assert daemon.ctl("bench", "--model", "none")["error"]["code"] == "model_not_found"
         command = [sys.executable, "-m", "rkvlmd.ctl", "--control", str(daemon.control)]
         once = [*command, "top", "--once", "--interval", "0.1"]
-        text = subprocess.run(once, capture_output=True, timeout=30, check=True).stdout.decode()
+        text = subprocess.run(once, capture_output=True, timeout=120, check=True).stdout.decode()
     found = {row["name"]: row for row in report["figures"]}
     assert report["model"] == "scripted"
     assert found["decode"]["here"] > 0

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.process
 
 def client(daemon: Daemon, **more: object) -> openai.OpenAI:
     return openai.OpenAI(
-        base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=30, **more
+        base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=120, **more
     )  # type: ignore[arg-type]
 
 
@@ -159,7 +159,7 @@ def test_the_daemon_imports_nothing_heavy(tmp_path: Path, models: Path) -> None:
 
 
 def test_a_host_that_is_not_ours_is_refused(daemon: Daemon) -> None:
-    answer = httpx.get(daemon.url + "/v1/models", headers={"host": "evil.example"})
+    answer = httpx.get(daemon.url + "/v1/models", headers={"host": "evil.example"}, timeout=120)
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "host_not_allowed"
 
@@ -207,7 +207,7 @@ def test_second_daemon_on_the_same_socket_says_so(
     second = subprocess.run(
         [sys.executable, "-m", "rkvlmd", "--http", "127.0.0.1:0", "--control", str(daemon.control),
          "--models", str(models), "--state", str(tmp_path / "s2")],
-        capture_output=True, timeout=30, check=False,
+        capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert second.returncode == 1
     assert second.stdout == b""

@@ -108,7 +108,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 @pytest.fixture
 def api(daemon: Daemon) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=60
+        base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=120
     ) as client:
         yield client
 
@@ -146,7 +146,7 @@ def test_texts_through_the_openai_client(api: openai.OpenAI) -> None:
 def test_pictures_are_read_by_the_decoder(daemon: Daemon) -> None:
     def embed(*parts: dict[str, Any]) -> dict[str, Any]:
         answer = httpx.post(
-            daemon.url + "/v1/embeddings", json={"model": "tiny", "input": list(parts)}, timeout=60
+            daemon.url + "/v1/embeddings", json={"model": "tiny", "input": list(parts)}, timeout=120
         )
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
@@ -175,7 +175,7 @@ def test_two_towers_meet_in_one_space(daemon: Daemon) -> None:
     given = [[text("red")], [picture((255, 0, 0))], "blue", [picture((0, 0, 255))]]
     answer = httpx.post(
         daemon.url + "/v1/embeddings",
-        json={"model": "clip", "input": given, "encoding_format": "base64"}, timeout=60,
+        json={"model": "clip", "input": given, "encoding_format": "base64"}, timeout=120,
     ).json()  # fmt: skip
     found = [struct.unpack("<3f", base64.b64decode(d["embedding"])) for d in answer["data"]]
     assert np.allclose(found, [[1, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 1]], atol=1e-3)
@@ -198,7 +198,7 @@ def test_what_a_model_cannot_embed(
     daemon: Daemon, model: str, given: Any, param: str, said: str
 ) -> None:
     answer = httpx.post(
-        daemon.url + "/v1/embeddings", json={"model": model, "input": given}, timeout=60
+        daemon.url + "/v1/embeddings", json={"model": model, "input": given}, timeout=120
     )
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
@@ -236,7 +236,7 @@ def test_embedding_leaves_the_conversation_in_the_cache(api: openai.OpenAI) -> N
 
 def chat(daemon: Daemon, model: str, *parts: dict[str, Any]) -> httpx.Response:
     body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": list(parts)}]}
-    return httpx.post(daemon.url + "/v1/chat/completions", json=body, timeout=60)
+    return httpx.post(daemon.url + "/v1/chat/completions", json=body, timeout=120)
 
 
 def images(answer: httpx.Response) -> int:

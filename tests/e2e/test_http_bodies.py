@@ -40,7 +40,7 @@ CHAT = "/v1/chat/completions"
 )
 async def test_media_types(head: list[str], status: int) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             lines = [f"POST {CHAT} HTTP/1.1", "host: localhost", f"content-length: {len(BODY)}"]
             await client.send("\r\n".join([*lines, *head, "", ""]).encode() + BODY)
             reply = await client.reply()
@@ -52,7 +52,7 @@ async def test_media_types(head: list[str], status: int) -> None:
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_that_is_too_large(chunked: bool) -> None:
     async with running(settings(max_body_bytes=2000)) as house:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             async with connected(house) as client:
                 data = b'{"x":"' + b"y" * 3000 + b'"}'
                 if chunked:
@@ -84,7 +84,7 @@ async def test_a_body_that_is_too_large(chunked: bool) -> None:
 )
 async def test_bad_bodies_and_the_next_good_one(data: bytes, expected: str) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await client.post(data)
             reply = await client.reply()
             assert (reply.status, reply.code()) == (400, expected)
@@ -105,7 +105,7 @@ def full() -> Any:
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_refused_upload_sees_its_503(chunked: bool) -> None:
     async with running(full()) as house, connected(house) as client:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             # all of it is sent before anything is read, as simple clients do
             if chunked:
                 head = (
@@ -123,14 +123,14 @@ async def test_a_refused_upload_sees_its_503(chunked: bool) -> None:
 
 async def test_a_refused_upload_with_an_ordinary_client() -> None:
     async with running(full()) as house:
-        with trio.fail_after(20):
-            async with httpx.AsyncClient(base_url=house.http_address) as client:
+        with trio.fail_after(60):
+            async with httpx.AsyncClient(base_url=house.http_address, timeout=120) as client:
                 for path, status in ((CHAT, 503), ("/nothing", 404), ("/livez", 405)):
                     answer = await client.post(path, content=UPLOAD)
                     assert answer.status_code == status
 
 
-async def test_discarding_is_bounded_in_time(autojump_clock: trio.testing.MockClock) -> None:
+async def test_discarding_is_bounded_in_time(patient_clock: trio.testing.MockClock) -> None:
     async with running(full()) as house, connected(house) as client:
         start = trio.current_time()
         await client.post(b"{", length=1000)
@@ -145,7 +145,7 @@ async def test_discarding_is_bounded_in_bytes() -> None:
     chosen = full()
     chosen = replace(chosen, http=replace(chosen.http, discard_bytes=1 << 20, discard_seconds=60.0))
     async with running(chosen) as house, connected(house) as client:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             with pytest.raises(trio.BrokenResourceError):
                 await client.post(b"", length=1 << 40)
                 while True:
@@ -164,7 +164,7 @@ async def test_a_flood_does_not_hold_the_connection(monkeypatch: pytest.MonkeyPa
     chosen = full()
     chosen = replace(chosen, http=replace(chosen.http, discard_bytes=0))
     async with running(chosen) as house, connected(house) as client:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             with pytest.raises(trio.BrokenResourceError):
                 await client.post(b"y" * (8 << 20), length=1 << 40)
                 await client.rest()
@@ -172,7 +172,7 @@ async def test_a_flood_does_not_hold_the_connection(monkeypatch: pytest.MonkeyPa
 
 async def test_a_body_where_none_is_expected_does_not_stop_the_connection() -> None:
     async with running() as house:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             async with connected(house) as client:
                 await client.post(b"x" * 10, "/livez")
                 assert (await client.reply()).status == 405
@@ -198,7 +198,7 @@ async def test_a_waiting_request_does_not_hold_its_body() -> None:
         {"messages": [{"role": "user", "content": "hi"}], "unheard": "x" * size}
     ).encode()
     async with running(script=work) as house:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with connected(house) as first:  # whatever is made once is made now
                 await first.post(body)
                 await house.scheduler.until(admitted=1, submitted=1)

@@ -31,7 +31,7 @@ async def three(job: Job) -> None:
 
 
 async def ask(script: Any, **more: Any) -> tuple[int, Any]:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running(script=script) as house, connected(house) as client:
             body = json.dumps({"input": ["a", "b", "c"], **more}).encode()
             await client.post(body, PATH)
@@ -78,7 +78,7 @@ async def test_errors_name_their_field() -> None:
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_only_post(method: str) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running() as house, connected(house) as client:
             await client.get(PATH, method=method)
             reply = await client.reply()
@@ -90,7 +90,7 @@ async def test_a_client_that_leaves_ends_its_job() -> None:
         job.checked.set()
         await trio.sleep_forever()
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running(script=waits) as house:
             async with connected(house) as client:
                 await client.post(json.dumps({"input": "a"}).encode(), PATH)

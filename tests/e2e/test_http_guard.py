@@ -36,7 +36,7 @@ CHAT = "/v1/chat/completions"
 )
 async def test_own_names_and_addresses_are_let_in(host: str) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await client.get("/v1/models", f"host: {host}")
             assert (await client.reply()).status == 200
 
@@ -44,7 +44,7 @@ async def test_own_names_and_addresses_are_let_in(host: str) -> None:
 async def test_the_name_of_this_machine_and_allowed_names_are_let_in() -> None:
     name = socket.gethostname()
     async with running(settings(allowed_hosts=("Board.Example",))) as house:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             for host in (name, name.partition(".")[0] + ".local:1", "board.example:8080"):
                 async with connected(house) as client:
                     await client.get("/livez", f"host: {host}")
@@ -61,7 +61,7 @@ async def test_the_name_of_this_machine_and_allowed_names_are_let_in() -> None:
 @pytest.mark.parametrize("path", ["/livez", "/v1/models", CHAT])
 async def test_a_foreign_host_is_refused_everywhere(path: str, host: str) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             if path == CHAT:
                 data = (
                     f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {len(BODY)}\r\n\r\n"
@@ -106,7 +106,7 @@ async def test_keys(tmp_path: Path) -> None:
                     assert reply.headers["www-authenticate"] == "bearer"
                 return reply.status
 
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             for path in ("/livez", "/readyz", "/health", "/v1/health"):
                 assert await status(path) == 200
             for path in ("/v1/models", "/v1/models/demo", "/nothing", CHAT):
@@ -141,7 +141,7 @@ async def test_a_key_file_without_keys_lets_nobody_start(tmp_path: Path, text: s
 @pytest.mark.parametrize("given", ["ok-1.2_3", "x" * 64])
 async def test_a_valid_request_id_comes_back(given: str) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             for path in ("/livez", "/nothing"):
                 await client.get(path, "host: localhost", f"x-request-id: {given}")
                 assert (await client.reply()).headers["x-request-id"] == given
@@ -150,7 +150,7 @@ async def test_a_valid_request_id_comes_back(given: str) -> None:
 @pytest.mark.parametrize("given", ["", "x" * 65, "a b", "ä", '"', "a/b"])
 async def test_an_invalid_request_id_is_replaced(given: str) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await client.get("/livez", "host: localhost", f"x-request-id: {given}")
             assert (await client.reply()).headers["x-request-id"].startswith("req_")
 
@@ -172,7 +172,7 @@ async def test_an_invalid_request_id_is_replaced(given: str) -> None:
 )
 async def test_paths_and_methods(method: str, path: str, status: int, expected: str) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await client.get(path, method=method)
             reply = await client.reply()
             assert (reply.status, reply.code()) == (status, expected)
@@ -200,7 +200,7 @@ async def test_paths_and_methods(method: str, path: str, status: int, expected: 
 )
 async def test_no_http(data: bytes, status: int) -> None:
     async with running() as house, connected(house) as client:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await client.send(data)
             reply = await client.reply()
             assert reply.status == status
@@ -210,7 +210,7 @@ async def test_no_http(data: bytes, status: int) -> None:
 
 async def test_other_protocols_are_not_spoken() -> None:
     async with running() as house:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             async with connected(house) as client:
                 upgrade = (
                     "connection: upgrade, http2-settings",
@@ -232,7 +232,7 @@ async def test_other_protocols_are_not_spoken() -> None:
 
 async def test_a_broken_chunk_ends_the_request_alone() -> None:
     async with running() as house:
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             async with connected(house) as client:
                 await client.send(
                     f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n"

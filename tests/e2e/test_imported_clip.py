@@ -47,7 +47,7 @@ def shown(picture: Image.Image) -> list[dict[str, Any]]:
 
 def vectors(daemon: Daemon, model: str, *given: Any) -> Any:
     body = {"model": model, "input": list(given)}
-    answer = httpx.post(daemon.url + "/v1/embeddings", json=body, timeout=60)
+    answer = httpx.post(daemon.url + "/v1/embeddings", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     return np.array([item["embedding"] for item in answer.json()["data"]])
 
@@ -77,11 +77,13 @@ def test_published_towers_are_imported_and_give_the_vectors_of_transformers(
         assert main(["--json", "check", "clip", "--models", str(models)]) == 0
         assert {f["status"] for f in json.loads(capsys.readouterr().out)["findings"]} == {"ok"}
         assert daemon.ctl("reload")["models"]["added"] == ["clip"]
-        cards = {c["id"]: c for c in httpx.get(daemon.url + "/v1/models").json()["data"]}
+        cards = {
+            c["id"]: c for c in httpx.get(daemon.url + "/v1/models", timeout=120).json()["data"]
+        }
         assert cards["clip"]["architecture"]["output_modalities"] == ["embeddings"]
         same(daemon, "clip", clip)
         long = httpx.post(
-            daemon.url + "/v1/embeddings", json={"model": "clip", "input": "red " * 40}, timeout=60
+            daemon.url + "/v1/embeddings", json={"model": "clip", "input": "red " * 40}, timeout=120
         )
         assert long.status_code == 400
         assert f"the model's context holds {PLACES}" in long.json()["error"]["message"]

@@ -43,14 +43,14 @@ def test_a_drained_server_says_so_and_resumes(daemon: Daemon) -> None:
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "draining"
     assert refused.headers["retry-after"] == "30"
-    ready = httpx.get(daemon.url + "/readyz")
+    ready = httpx.get(daemon.url + "/readyz", timeout=120)
     assert ready.status_code == 503
     assert ready.json()["error"]["code"] == "draining"
-    assert httpx.get(daemon.url + "/livez").status_code == 200
+    assert httpx.get(daemon.url + "/livez", timeout=120).status_code == 200
     # The owner goes on working meanwhile.
     assert daemon.ctl("load", "other")["model"]["state"] == "ready"
     assert daemon.ctl("resume")["draining"] is False
-    assert httpx.get(daemon.url + "/readyz").status_code == 200
+    assert httpx.get(daemon.url + "/readyz", timeout=120).status_code == 200
     assert ask(daemon, "tiny").status_code == 200
 
 

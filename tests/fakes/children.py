@@ -12,6 +12,7 @@ import trio
 from rkvlmd.actors.child import ChildDiedError
 from rkvlmd.actors.loading import Loader
 from rkvlmd.wire import child as wire
+from rkvlmd.wire import frames
 
 
 class FakeChild:
@@ -25,7 +26,7 @@ class FakeChild:
         self.death: ChildDiedError | None = None
         self.dead = trio.Event()
         self.due = self.beat_at = math.inf
-        self.listener: Callable[[wire.FromChild], bool] | None = None
+        self.listener: Callable[[wire.FromChild, Sequence[int]], bool] | None = None
         self.last_words = ""
         self.aborts = 0
         #: What it answers to the order to load.
@@ -88,6 +89,22 @@ class FakeChild:
                 self._aborted.add(message.id)
             else:
                 await self._orders.send((message, len(fds)))
+
+    def send_now(self, order: bytes, fds: Sequence[int] = ()) -> bool:
+        if not self.alive:
+            return False
+        self._orders.send_nowait((self.order_of(order), len(fds)))
+        return True
+
+    @staticmethod
+    def order_of(frame: bytes) -> wire.ToChild:
+        """Return what a frame says."""
+        (message,) = frames.FrameDecoder().feed(frame)
+        return wire.parse_to_child(message)
+
+    @property
+    def awaited(self) -> bool:
+        return self._said.statistics().tasks_waiting_receive > 0
 
     async def receive(self) -> tuple[wire.FromChild, list[int]]:
         try:
@@ -168,13 +185,14 @@ class FakeChild:
         )  # fmt: skip
 
     async def _answer(self, message: wire.FromChild, fd: int | None = None) -> None:
+        fds = [] if fd is None else [fd]
         try:
             await trio.lowlevel.checkpoint()
-            if self.listener is not None and self.listener(message):
+            if self.listener is not None and self.listener(message, fds):
                 return
-            await self._say.send((message, [] if fd is None else [fd]))
+            await self._say.send((message, fds))
         except BaseException:
-            if fd is not None:
+            for fd in fds:
                 os.close(fd)
             raise
 

@@ -30,6 +30,18 @@ async def hello(job: Job) -> None:
     job.finish("stop")
 
 
+def held(go: trio.Event, text: str = "") -> Script:
+    """Return the work of a job that answers, and ends, when the test lets it."""
+
+    async def script(job: Job) -> None:
+        job.checked.set()
+        await go.wait()
+        job.outbox.put(text)
+        job.finish("stop")
+
+    return script
+
+
 def view(name: str, **changes: Any) -> ModelView:
     """Return a model that is ready."""
     base = ModelView(

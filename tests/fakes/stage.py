@@ -88,9 +88,16 @@ class StagedChild(FakeChild):
         stage.answering.set()
         if stage.answer_gate is not None:
             await stage.answer_gate.wait()
-        if not await self._failed(order.id):
+        if await self._failed(order.id):
+            stage.events.append("answer ends")
+        else:
             await super()._generate(order)
-        stage.events.append("answer ends")
+
+    async def _answer(self, message: wire.FromChild, fd: int | None = None) -> None:
+        # Before it is told: the next order may begin in the same turn.
+        if isinstance(message, wire.GenerateDone):
+            self.stage.events.append("answer ends")
+        await super()._answer(message, fd)
 
     async def _failed(self, number: int) -> bool:
         if self.stage.fail != self.role:

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 import trio
 import trio.abc
 
+from rkvlmd.actors.job import Job
+
 Scenario = Callable[[], Awaitable[None]]
 
 
@@ -68,3 +70,21 @@ def cancel_everywhere(
         if not instrument.cut:
             return step - 1
     raise AssertionError(f"the scenario has more than {most} steps")
+
+
+class AbandonAtStep(trio.abc.Instrument):
+    """Abandons the job at the k-th step after it was submitted."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._steps = 0
+        self.job: Job | None = None
+        self.too_late = False
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if self.job is None:
+            return
+        self._steps += 1
+        if self._steps == self._k:
+            self.too_late = self.job.outbox.end is not None
+            self.job.abandon("client_gone")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from rkvlmd.engine import rkllm_cross
@@ -108,6 +108,16 @@ class Bench:
         texts = [m for m in self.said if isinstance(m, child.Text)]
         assert sum(m.tokens for m in texts) == done.completion
         return "".join(m.text for m in texts), done
+
+    def talk(self, *questions: Any) -> Iterator[tuple[child.Generate, str, child.GenerateDone]]:
+        """Ask one after the other, each behind all that was said; yield order, text and end."""
+        turns: list[Any] = []
+        for question in questions:
+            turns.append(question)
+            order = self.order(turns)
+            text, done = self.ask(*turns)
+            yield order, text, done
+            turns.append(text)
 
     def sums(self) -> str:
         return ",".join(models.sum_of(rows) for rows in self.rows()) or "-"

@@ -197,13 +197,14 @@ def rows_that_were_freed(session: Session) -> None:
 def rows_that_change_during_the_run(session: Session) -> None:
     value = picture(session, b"<image>" + b"word " * 500)
     kept, other = value.kept.rows, models.rows_of(8, TOKENS, EMBED, OUTPUTS)
-    trace = Path(os.environ["NPUSIM_TRACE"])
-    before = len(models.read_trace(trace, "npu"))
+    # The library has looked at the rows when it says that it waits, and goes on when they are others.
+    os.environ["NPUSIM_FAULT"] = "wait@prefill"
 
     def change() -> None:
-        while len(models.read_trace(trace, "npu")) == before:
+        while not models.read_trace(Path(os.environ["NPUSIM_TRACE"]), "fault"):
             time.sleep(0.001)
         kept[0] = other
+        Path(os.environ["NPUSIM_GO"]).touch()
 
     threading.Thread(target=change, daemon=True).start()
     run(session, value)

@@ -42,7 +42,7 @@ class Board:
     def ask(self, model: str, messages: Any) -> tuple[dict[str, str], Any]:
         """Return what the simulated model says that it was given, and the whole answer."""
         with openai.OpenAI(
-            base_url=self.daemon.url + "/v1", api_key="x", max_retries=0, timeout=60
+            base_url=self.daemon.url + "/v1", api_key="x", max_retries=0, timeout=120
         ) as api:
             done = api.chat.completions.create(model=model, messages=messages, max_tokens=400)
         assert done.choices[0].finish_reason == "stop", done

@@ -33,7 +33,12 @@ class Sim:
             "NPUSIM_TRACE": str(self.folder / "trace.jsonl"),
             "NPUSIM_NPU": str(self.folder / "npu"),
             "NPUSIM_FAULT_FILE": str(self.folder / "faults"),
+            "NPUSIM_GO": str(self.folder / "go"),
         }
+
+    def go(self) -> None:
+        """Let what waits (``wait@PLACE``) go on, and not wait again."""
+        (self.folder / "go").touch()
 
     def trace(self, event: str = "") -> list[dict[str, Any]]:
         """Return what happened."""

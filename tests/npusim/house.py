@@ -32,6 +32,13 @@ def plug_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sim:
     return made
 
 
+async def traced(sim: Sim, event: str, count: int = 1) -> None:
+    """Wait until the trace has so many events of a kind."""
+    with trio.fail_after(60):
+        while len(sim.trace(event)) < count:  # noqa: ASYNC110 - another process writes it
+            await trio.sleep(0.01)
+
+
 @asynccontextmanager
 async def open_house(
     sim: Sim, *, version: str = "1.3.0", **sections: dict[str, Any]

@@ -125,5 +125,7 @@ def read_trace(path: Path, event: str = "") -> list[dict[str, Any]]:
     """Return the events of a trace, or those of one kind."""
     if not path.exists():
         return []
-    found = [json.loads(line) for line in path.read_text(errors="replace").splitlines()]
+    # Another process may be writing its line right now.
+    whole, _, _ = path.read_text(errors="replace").rpartition("\n")
+    found = [json.loads(line) for line in whole.splitlines()]
     return [e for e in found if not event or e["ev"] == event]

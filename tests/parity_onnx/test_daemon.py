@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,17 @@ def processed(kind: Kind, checkpoint: Path, images: list[Image.Image]) -> list[e
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Any, Path]]]:
-    root = tmp_path_factory.mktemp("daemon")
+    return exported(tmp_path_factory.mktemp("daemon"), NAMES)
+
+
+def exported(
+    root: Path, names: Sequence[str], change: Callable[[Path], object] = lambda _: None
+) -> tuple[Path, dict[str, tuple[Any, Path]]]:
+    """Make and export checkpoints, changed before that; return the models' folder and all of them."""
     found = {}
-    for name in NAMES:
+    for name in names:
         found[name] = make(KINDS[name], root / name), root / name
+        change(root / name)
         exporter.export(root / name, root / "models" / name, name=name)
     return root / "models", found
 
@@ -78,7 +86,7 @@ def test_answers_with_pictures_equal_transformers(
 ) -> None:
     models, checkpoints = made
     images = [drawing(*size) for size in SIZES]
-    with running(tmp_path, models) as daemon, httpx.Client(timeout=60) as http:
+    with running(tmp_path, models) as daemon, httpx.Client(timeout=120) as http:
         for name, (model, checkpoint) in checkpoints.items():
             kind = KINDS[name]
             pictures = processed(kind, checkpoint, images)

@@ -18,11 +18,10 @@ from tokenizers import Tokenizer
 from tests.e2e.daemon import running
 from tests.fakes import videos
 from tests.parity_onnx import engines
-from tests.parity_onnx.checkpoints import IDS, KINDS, make, quiet
-from tests.parity_onnx.test_daemon import drawing, url
+from tests.parity_onnx.checkpoints import IDS, KINDS, quiet
+from tests.parity_onnx.test_daemon import drawing, exported, url
 from tests.parity_onnx.test_daemon import processed as pictures_of
 from tests.parity_onnx.test_video import PAD, Film, reference
-from tools.exporter import folder as exporter
 
 pytestmark = [pytest.mark.torch, pytest.mark.process]
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
@@ -34,16 +33,13 @@ SIZES = {"run": (128, 512), "timed": (128, 2048)}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Any, Path]]]:
-    root = tmp_path_factory.mktemp("daemon")
-    found = {}
-    for name in NAMES:
-        found[name] = make(KINDS[name], root / name), root / name
-        least, most = SIZES[kind(name)]
-        (root / name / "video_preprocessor_config.json").write_text(
+    def bound(checkpoint: Path) -> None:
+        least, most = SIZES[kind(checkpoint.name)]
+        (checkpoint / "video_preprocessor_config.json").write_text(
             json.dumps({"size": {"shortest_edge": least, "longest_edge": most}}), encoding="utf-8"
         )
-        exporter.export(root / name, root / "models" / name, name=name)
-    return root / "models", found
+
+    return exported(tmp_path_factory.mktemp("daemon"), NAMES, bound)
 
 
 def kind(name: str) -> str:
@@ -131,7 +127,7 @@ def test_answers_with_videos_equal_transformers(
             drawn.append(image.convert("RGB"))
     still = drawing(24, 40)
     shown = {"type": "image_url", "image_url": {"url": url(still)}}
-    with running(tmp_path, models, config=CONFIG) as daemon, httpx.Client(timeout=60) as http:
+    with running(tmp_path, models, config=CONFIG) as daemon, httpx.Client(timeout=120) as http:
         for name, (model, checkpoint) in checkpoints.items():
             tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
             first = processed(name, frames, 1.0)
@@ -183,7 +179,7 @@ def test_a_bad_frame_is_named(
         for bad, what in (([b"no picture", good], "first frame"), ([good, good[:80]], "A frame")):
             part = {"type": "video_url", "video_url": {"url": videos.frames_uri(bad)}}
             body = {"model": "qwen3_vl", "messages": [{"role": "user", "content": [part]}]}
-            answer = httpx.post(f"{daemon.url}/v1/chat/completions", json=body, timeout=60)
+            answer = httpx.post(f"{daemon.url}/v1/chat/completions", json=body, timeout=120)
             error = answer.json()["error"]
             assert answer.status_code == 400, error
             assert what in error["message"]

@@ -14,7 +14,17 @@ import trio.testing
 from rkvlmd.actors.blobs import Blob
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.messages import ModelState
-from tests.fakes.scripted import PNG, Scripts, chat, collect, open_house, submit, until_phase
+from tests.fakes.scripted import (
+    PNG,
+    SHORT,
+    Scripts,
+    chat,
+    collect,
+    open_house,
+    submit,
+    until_phase,
+    waits,
+)
 
 pytestmark = pytest.mark.process
 
@@ -115,10 +125,8 @@ async def test_fault(tmp_path: Path, role: str, at: str, kind: str, reason: str)
     }  # fmt: skip
     scripts = Scripts({}, {}, {})
     getattr(scripts, role)["fault"] = fault
-    async with open_house(
-        tmp_path, scripts=scripts, prep={"job_seconds": 4.0 if kind == "hang" else 30.0}
-    ) as house:
-        with trio.fail_after(60):
+    async with open_house(tmp_path, scripts=scripts) as house:
+        with trio.fail_after(60), waits(house, **SHORT if kind == "hang" else {}):
             text, end = await collect(submit(house, chat(pictures=1)))
         assert end.reason == reason, end
         if reason == "stop":
@@ -161,17 +169,17 @@ async def test_queued_jobs_survive_a_death(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("why", ["client_gone", "deadline", "cancelled"])
 async def test_abandon_in_each_phase(tmp_path: Path, phase: str, why: Any) -> None:
-    decoder: dict[str, Any] = {"rate": 200.0, "tokens": 16}
+    decoder: dict[str, Any] = {"tokens": 16}
     encoder: dict[str, Any] = {}
+    if phase == "generating":
+        decoder["rate"] = 10.0
     if phase == "encoding":
-        encoder["encode_seconds"] = 0.3
+        encoder["encode_seconds"] = 1.0
     if phase == "prefill":
         decoder["prefill_seconds"] = 20.0
     if phase == "loading":
-        decoder["load_seconds"] = 0.5
-    async with open_house(
-        tmp_path, scripts=Scripts(encoder, decoder, {}), engine={"first_token_seconds": 30.0}
-    ) as house:
+        decoder["load_seconds"] = 1.0
+    async with open_house(tmp_path, scripts=Scripts(encoder, decoder, {})) as house:
         if phase != "loading":
             await house.residency.load("scripted")
         blocker = trio.Event()
@@ -202,9 +210,9 @@ async def test_abandon_in_each_phase(tmp_path: Path, phase: str, why: Any) -> No
 
 async def test_hang_that_ignores_abort_is_killed(tmp_path: Path) -> None:
     fault = {"at": "abort", "kind": "hang", "times": 1, "file": str(tmp_path / "n")}
-    decoder = {"rate": 50.0, "fault": fault}
+    decoder = {"rate": 10.0, "fault": fault}
     async with open_house(
-        tmp_path, scripts=Scripts({}, decoder, {}), engine={"token_seconds": 30.0}
+        tmp_path, scripts=Scripts({}, decoder, {}), engine={"abort_seconds": 1.0}
     ) as house:
         job = submit(house, chat())
         await until_phase(house, job, "generating")
@@ -245,13 +253,11 @@ async def test_death_in_a_load_costs_time_only(tmp_path: Path, role: str, kind: 
 )
 async def test_hang_in_a_load(tmp_path: Path, kind: str, words: str) -> None:
     fault = {"at": "load", "kind": kind, "times": 1, "file": str(tmp_path / "n")}
-    async with open_house(
-        tmp_path,
-        scripts=Scripts({}, {"fault": fault}, {}),
-        engine={"load_seconds": 3.0 if kind == "hang" else 60.0, "beat_seconds": 2.0},
-    ) as house:
-        with trio.fail_after(30), pytest.raises(RkvlmdError, match=words):
-            await house.residency.load("scripted")
+    async with open_house(tmp_path, scripts=Scripts({}, {"fault": fault}, {})) as house:
+        engine = {"load_seconds": 4.0} if kind == "hang" else {"beat_seconds": 4.0}
+        with trio.fail_after(60), waits(house, engine=engine):
+            with pytest.raises(RkvlmdError, match=words):
+                await house.residency.load("scripted")
         await house.residency.load("scripted")
         await good(house)
 
@@ -358,15 +364,19 @@ async def test_load_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
 
 
 async def test_unload_ends_queued_jobs_and_lets_the_running_one_end(tmp_path: Path) -> None:
-    async with open_house(tmp_path, scripts=Scripts({}, {"rate": 100.0}, {})) as house:
+    async with open_house(tmp_path, scripts=Scripts({}, {"rate": 10.0}, {})) as house:
         running = submit(house, chat("running"))
         await until_phase(house, running, "generating")
+        decoder = children(house)["decoder:scripted"]
+        os.kill(decoder, signal.SIGSTOP)  # nobody knows how long the queued one takes to get there
         queued = submit(house, chat("queued"))
         await until_phase(house, queued, "waiting")
-        with trio.fail_after(30):
-            await house.residency.unload("scripted")
-        assert (await collect(queued))[1].reason == "model_unloaded"
-        text, end = await collect(running)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(house.residency.unload, "scripted")
+                assert (await collect(queued))[1].reason == "model_unloaded"
+                os.kill(decoder, signal.SIGCONT)
+            text, end = await collect(running)
         assert end.reason == "stop"
         assert text.endswith("t15")
 
@@ -410,7 +420,7 @@ async def test_drain_refuses_waits_and_then_ends(tmp_path: Path) -> None:
     async with open_house(tmp_path, scripts=Scripts({}, {"rate": 5.0, "tokens": 999}, {})) as house:
         job = submit(house, chat())
         await until_phase(house, job, "generating")
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await house.scheduler.drain(0.2)
         assert job.outbox.end is not None
         assert job.outbox.end.reason == "shutdown"
@@ -433,7 +443,7 @@ async def test_two_hundred_clients_that_leave(tmp_path: Path) -> None:
         await trio.testing.wait_all_tasks_blocked()
         for job in jobs:
             job.abandon("client_gone")
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await good(house)
         await house.tools.prep.wait_idle()
         assert descriptors() <= before + 1

@@ -189,7 +189,7 @@ def test_the_next_turn_goes_on_after_the_block(board: Board) -> None:
 def test_an_embedding_of_a_page(board: Board) -> None:
     file = photo(1300, 900, seed=6)
     body = {"model": "tiles", "input": [part(file), TEXT]}
-    found = httpx.post(f"{board.daemon.url}/v1/embeddings", json=body, timeout=60).json()
+    found = httpx.post(f"{board.daemon.url}/v1/embeddings", json=body, timeout=120).json()
     assert len(found["data"][0]["embedding"]) == 1280, found
     run = board.sim.one("run")
     assert (run["pictures"], run["picture_tokens"]) == (1, len(block_of(board, file)))

@@ -57,7 +57,7 @@ def board(sim: Sim) -> Iterator[Daemon]:
 
 
 def client(daemon: Daemon) -> openai.OpenAI:
-    return openai.OpenAI(base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=120)
 
 
 def pixels(colour: tuple[int, int, int]) -> Any:
@@ -208,6 +208,29 @@ def test_what_has_no_effect_is_named(board: Daemon) -> None:
     assert old.headers["x-rkvlmd-ignored"] == "temperature"
 
 
+def test_no_number_of_a_client_ends_the_decoder(sim: Sim, board: Daemon) -> None:
+    """Requests have 64 bits, the library's fields 32: 2**31 would be negative, 1e-300 nothing."""
+    numbers: list[dict[str, Any]] = [
+        {"top_k": 1 << 31}, {"top_k": (1 << 32) + 1}, {"top_k": (1 << 63) - 1},
+        {"top_p": 1e-300}, {"repetition_penalty": 1e-300}, {"temperature": 1e-300},
+        {"presence_penalty": 1e-300}, {"frequency_penalty": -1e-300}, {"min_p": 1e-300},
+        {"seed": (1 << 63) - 1}, {"max_tokens": (1 << 63) - 1}, {"stop": ["x" * 256] * 16},
+    ]  # fmt: skip
+    with client(board) as api:
+        for asked in numbers:
+            done = api.chat.completions.create(
+                model="text", messages=[{"role": "user", "content": "hello"}],
+                extra_body={"temperature": 1.0, "max_tokens": 400} | asked,
+            )  # fmt: skip
+            assert done.choices[0].finish_reason == "stop", asked
+            run = sim.one("run")
+            assert (run["top_k"] == 1) is (asked.get("temperature", 1.0) < 0.5), asked
+            assert min(run["top_p"], run["temperature"], run["repeat"]) > 0, asked
+            assert 0 < run["max_new"] <= 2048
+    # One and the same decoder has answered all of them.
+    assert len([e for e in sim.trace("init") if e["rc"] == 0]) == 1
+
+
 def test_status_shows_what_the_libraries_said(board: Daemon) -> None:
     assert board.ctl("load", "qwen3vl")["exit"] == 0
     children = {c["name"]: c for c in board.ctl("status")["children"]}
@@ -225,6 +248,7 @@ def test_status_shows_what_the_libraries_said(board: Daemon) -> None:
         "pictures_told_apart": True, "special_strings": 1, "finish_after_abort": True,
         "kept_after_run": decoder["probe"]["run_tokens"] + 1,
         "run_tokens": decoder["probe"]["run_tokens"], "callbacks_elsewhere": False,
+        "unfinished": False,
     }  # fmt: skip
     assert encoder["file_released"] is True
     assert encoder["libraries"]["librknnrt"]

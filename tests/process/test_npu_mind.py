@@ -112,7 +112,7 @@ def messages(case: Any) -> list[dict[str, Any]]:
 def test_the_same_answers(sim: Sim, board: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = cases(monkeypatch)
     answers: dict[str, list[str | None]] = {}
-    with openai.OpenAI(base_url=board.url + "/v1", api_key="x", max_retries=0, timeout=60) as api:
+    with openai.OpenAI(base_url=board.url + "/v1", api_key="x", max_retries=0, timeout=120) as api:
         for model in ("demo", "new", "old"):
             answers[model] = [
                 api.chat.completions.create(

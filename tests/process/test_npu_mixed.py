@@ -133,7 +133,7 @@ def test_pictures_are_encoded_on_the_cpu_and_read_on_the_npu(
         assert done.usage.prompt_tokens_details.image_tokens == 2 * TOKENS
         assert done.usage.prompt_tokens == int(said["tokens"])
         # What the catalogue says of hidden states is what clients are told, and true.
-        (card,) = httpx.get(daemon.url + "/v1/models").json()["data"]
+        (card,) = httpx.get(daemon.url + "/v1/models", timeout=120).json()["data"]
         assert card["architecture"]["output_modalities"] == ["text", "embeddings"]
         with openai.OpenAI(base_url=daemon.url + "/v1", api_key="x", max_retries=0) as api:
             (one,) = api.embeddings.create(model="mixed", input="hello").data

@@ -80,7 +80,7 @@ def board(tmp: Path, reply: str, **switches: str) -> Iterator[tuple[Daemon, Sim]
 
 
 def client(daemon: Daemon) -> openai.OpenAI:
-    return openai.OpenAI(base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=daemon.url + "/v1", api_key="x", max_retries=0, timeout=120)
 
 
 def switch(on: bool) -> dict[str, Any]:

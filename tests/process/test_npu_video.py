@@ -53,7 +53,7 @@ def make(folder: Path, version: str, **decoder: Any) -> None:
 
 def ask(daemon: Daemon, model: str, *parts: dict[str, Any]) -> httpx.Response:
     body = {"model": model, "max_tokens": 4, "messages": [{"role": "user", "content": list(parts)}]}
-    return httpx.post(daemon.url + "/v1/chat/completions", json=body, timeout=60)
+    return httpx.post(daemon.url + "/v1/chat/completions", json=body, timeout=120)
 
 
 def film(count: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_embeddings_come_from_hidden_states(board: tuple[Sim, Daemon], model: st
 
     def embed(given: Any) -> np.ndarray:
         answer = httpx.post(
-            daemon.url + "/v1/embeddings", json={"model": model, "input": given}, timeout=60
+            daemon.url + "/v1/embeddings", json={"model": model, "input": given}, timeout=120
         )
         assert answer.status_code == 200, answer.text
         body = answer.json()

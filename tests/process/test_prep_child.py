@@ -336,3 +336,23 @@ print(gc.get_freeze_count(), len(gc.get_objects()))
     frozen, left = map(int, run.stdout.split())
     assert frozen > 1000
     assert left < 100
+
+
+def test_the_collector_does_not_count_what_stays() -> None:
+    """Else old garbage would gather until there is a quarter as much of it."""
+    program = """
+import gc
+from rkvlmd.engine import heap
+
+kept = [[] for _ in range(200_000)]
+heap.give_back()
+before = gc.get_stats()[2]["collections"]
+for _ in range(200_000):
+    circle = []
+    circle.append(circle)
+print(gc.get_stats()[2]["collections"] - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) > 0

@@ -43,7 +43,7 @@ def saying(text: str, **more: Any) -> Scripts:
 async def ask(house: House, **more: Any) -> tuple[str, str, Ended]:
     """Return text, thoughts and end of one job."""
     job = submit(house, chat(**more))
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         text, end = await collect(job)
     return text, job.outbox.thoughts(), end
 
@@ -105,7 +105,7 @@ async def test_a_switch_without_effect_is_named(tmp_path: Path) -> None:
         ):  # fmt: skip
             request = replace(chat(thinking=thinking, thinking_asked=names), model=model)
             job = submit(house, request)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 await collect(job)
             assert job.ignored == ignored, (model, thinking)
         assert not house.residency.model("plain").thinking
@@ -119,7 +119,7 @@ async def test_templates_get_the_thoughts_that_clients_send_back(tmp_path: Path)
             before = Turn("user", (TextPart("a"),)), Turn("assistant", (TextPart("b"),), thought)
             request = chat()
             job = submit(house, replace(request, turns=(*before, *request.turns)))
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 _, end = await collect(job)
             counts.append(end.usage.prompt_tokens)
         assert counts[1] - counts[0] == len("hmm")

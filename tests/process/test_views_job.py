@@ -15,7 +15,7 @@ import trio
 from PIL import Image
 
 from rkvlmd.actors.blobs import Blob
-from tests.fakes.scripted import Scripts, chat, collect, make_model, open_house, submit
+from tests.fakes.scripted import Scripts, chat, collect, make_model, open_house, submit, waits
 
 pytestmark = pytest.mark.process
 
@@ -118,11 +118,16 @@ async def test_pictures_of_any_size_in_patches(tmp_path: Path) -> None:
     assert Blob.live == 0
 
 
-async def test_pictures_that_fill_the_context(tmp_path: Path) -> None:
+def large_pictures(tmp_path: Path) -> None:
+    """Write a model of whose context a picture takes more than a third."""
     folder = make_model(tmp_path / "models")
     manifest = json.loads((folder / "rkvlm.json").read_text())
     manifest["encoders"][0]["tokens"] = 200
     change(folder, encoders=manifest["encoders"])
+
+
+async def test_pictures_that_fill_the_context(tmp_path: Path) -> None:
+    large_pictures(tmp_path)
     async with open_house(tmp_path, scripts=ECHO) as house:
         with trio.fail_after(60):
             _, end = await collect(submit(house, ask(16, 16, pictures=3)))
@@ -136,10 +141,7 @@ async def test_pictures_that_fill_the_context(tmp_path: Path) -> None:
 
 
 async def test_pictures_that_fill_the_context_are_not_looked_at(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "models")
-    manifest = json.loads((folder / "rkvlm.json").read_text())
-    manifest["encoders"][0]["tokens"] = 200
-    change(folder, encoders=manifest["encoders"])
+    large_pictures(tmp_path)
     request = ask(16, 16, pictures=3)
     none = base64.b64encode(b"no picture at all").decode()
     request = replace(request, pictures=tuple(replace(s, data=none) for s in request.pictures))
@@ -170,10 +172,10 @@ async def test_a_template_that_loops_for_ever(tmp_path: Path, template: str) -> 
     digest = hashlib.sha256(template.encode()).hexdigest()
     change(folder, template={"file": "chat_template.jinja", "sha256": digest})
     make_model(tmp_path / "models", "well")
-    prep = {"job_seconds": 2.0, "children": 1}
-    async with open_house(tmp_path, names=("loops", "well"), prep=prep) as house:
+    async with open_house(tmp_path, names=("loops", "well"), prep={"children": 1}) as house:
         with trio.fail_after(60):
-            _, end = await collect(submit(house, chat("x", model="loops")))
+            with waits(house, prep={"job_seconds": 2.0}):
+                _, end = await collect(submit(house, chat("x", model="loops")))
             assert end.error is not None
             assert (end.reason, end.error.code) == ("engine_died", "engine_died")
             assert "too long to prepare" in end.error.message

@@ -42,6 +42,13 @@ def edit(models: Path, **changes: Any) -> None:
     path.write_text(json.dumps(tree))
 
 
+def with_template(models: Path, text: str) -> None:
+    path = models / "qwen" / "rkvlm.json"
+    (models / "qwen" / "chat_template.jinja").write_text(text)
+    template = {"file": "chat_template.jinja", "sha256": "0" * 64}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"template": template}))
+
+
 def check(
     models: Path, capsys: pytest.CaptureFixture[str], *options: str
 ) -> tuple[int, list[dict[str, Any]]]:
@@ -135,10 +142,7 @@ def test_a_tokenizer_of_another_model(models: Path, capsys: pytest.CaptureFixtur
 def test_a_template_that_cannot_be(
     template: str, says: str, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (models / "qwen" / "chat_template.jinja").write_text(template)
-    tree = json.loads((models / "qwen" / "rkvlm.json").read_text())
-    tree["template"] = {"file": "chat_template.jinja", "sha256": "0" * 64}
-    (models / "qwen" / "rkvlm.json").write_text(json.dumps(tree))
+    with_template(models, template)
     status, found = check(models, capsys, "--quick")
     assert status == 1
     assert says in stops(found)["template"]
@@ -149,10 +153,7 @@ def test_a_template_that_loops_for_ever(
 ) -> None:
     monkeypatch.setattr(checking, "PROMPT_SECONDS", 1)
     loop = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
-    (models / "qwen" / "chat_template.jinja").write_text(loop)
-    tree = json.loads((models / "qwen" / "rkvlm.json").read_text())
-    tree["template"] = {"file": "chat_template.jinja", "sha256": "0" * 64}
-    (models / "qwen" / "rkvlm.json").write_text(json.dumps(tree))
+    with_template(models, loop)
     status, found = check(models, capsys, "--quick")
     assert status == 1
     assert "does the template loop?" in stops(found)["template"]

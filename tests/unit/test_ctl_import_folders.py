@@ -60,12 +60,19 @@ def graph(path: Path, takes: dict[str, list[int | str]], gives: dict[str, list[i
 # --- an .rkllm beside ONNX files -------------------------------------------------------
 
 
-def mixed(folder: Path, file: str = "Qwen3-VL-2B_vision.onnx", **size: int) -> Path:
+def beside(
+    folder: Path, file: str, takes: dict[str, list[int | str]], gives: dict[str, list[int | str]]
+) -> Path:
+    """Write an ``.rkllm`` and an encoder's graph; return the folder."""
     published.rkllm(folder / "language.rkllm")
+    graph(folder / file, takes, gives)
+    return folder
+
+
+def mixed(folder: Path, file: str = "Qwen3-VL-2B_vision.onnx", **size: int) -> Path:
     side = size.get("side", 448)
     gives = {f"out{i}": [1, (side // 32) ** 2, 2048] for i in range(4)}
-    graph(folder / file, {"pixel": [1, 3, side, side]}, gives)  # type: ignore[arg-type]
-    return folder
+    return beside(folder, file, {"pixel": [1, 3, side, side]}, gives)  # type: ignore[arg-type]
 
 
 @pytest.mark.process
@@ -92,10 +99,8 @@ def test_an_onnx_encoder_beside_an_rkllm(
 def test_an_encoder_of_any_size_gets_one(
     tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = tmp_path / "Qwen2-VL-2B"
-    published.rkllm(source / "language.rkllm")
     takes: dict[str, list[int | str]] = {"pixel_values": ["n", 1176], "image_grid_thw": [1, 3]}
-    graph(source / "vision_encoder.onnx", takes, {"rows": ["m", 1536]})
+    source = beside(tmp_path / "Qwen2-VL-2B", "vision_encoder.onnx", takes, {"rows": ["m", 1536]})
     said = run(capsys, "import", source, "--models", models)
     (encoder,) = catalog.scan(models, demo=False)[0]["qwen2-vl-2b"].manifest.encoders
     assert encoder.patches is not None
@@ -114,9 +119,8 @@ def test_an_encoder_of_any_size_gets_one(
 def test_pixels_of_a_model_that_nobody_described_for_the_cpu_are_a_doubt(
     tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = tmp_path / "MiniCPM-V-2.6"
-    published.rkllm(source / "language.rkllm")
-    graph(source / "vision.onnx", {"pixel": [1, 3, 448, 448]}, {"rows": [1, 64, 3584]})
+    takes: dict[str, list[int | str]] = {"pixel": [1, 3, 448, 448]}
+    source = beside(tmp_path / "MiniCPM-V-2.6", "vision.onnx", takes, {"rows": [1, 64, 3584]})
     said = run(capsys, "import", source, "--models", models)
     assert (
         "how the pixels for vision.onnx are normalised" in notes(said)["encoders[0].mean"]["says"]

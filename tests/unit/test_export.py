@@ -47,7 +47,7 @@ def test_the_command_writes_a_whole_model_folder(checkpoint: Path, tmp_path: Pat
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "tools/export_onnx"), str(checkpoint), str(out)]
     done = subprocess.run(
-        [*command, "--name", "demo"], check=True, capture_output=True, text=True, timeout=60
+        [*command, "--name", "demo"], check=True, capture_output=True, text=True, timeout=120
     )
     assert "vision_encoder.onnx" in done.stdout
     manifest = manifests.parse((out / manifests.FILE).read_bytes())

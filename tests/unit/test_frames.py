@@ -87,7 +87,7 @@ def test_garbage_in_a_right_frame(body: bytes) -> None:
     "body",
     [
         b"", b"{", b"null", b"[]", b'"type"', b"1", b"{}", b'{"type":1}', b'{"type":null}', b"\xff",
-        b'{"type":"a","fds":-1}', b'{"type":"a","fds":65}', b'{"type":"a","fds":"1"}',
+        b'{"type":"a","fds":-1}', b'{"type":"a","fds":254}', b'{"type":"a","fds":"1"}',
         b'{"type":"a","fds":1.0}', b'{"type":"a","fds":true}', b'{"type":"a","fds":null}',
         b'{"type":"a"} {"type":"b"}', b'{"type":"\xed\xa0\x80"}', b"[" * 100_000,
         b'{"type":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,28 @@ def test_both_libraries_share_it(sim: Sim) -> None:
     first, second = sim.trace("npu")
     assert (first["what"], second["what"]) == ("load", "encode")
     assert first["end"] <= second["begin"]
+
+
+def visit(_sim: Sim) -> bool:
+    from rknnlite import npu
+
+    return bool(npu.fault("encode") == "")
+
+
+@pytest.mark.parametrize(("place", "work"), [("encode", visit), ("init", load)])
+def test_what_waits_goes_on_when_it_is_told_and_as_if_nothing_had_been(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, place: str, work: Callable[[Sim], bool]
+) -> None:
+    monkeypatch.setenv("NPUSIM_FAULT", f"wait@{place}")
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(work(sim)))
+    thread.start()
+    while not sim.trace("fault"):
+        time.sleep(0.001)
+    assert not done
+    sim.go()
+    thread.join(60)
+    assert done == [True]
 
 
 def test_a_compiler_is_the_system_s_or_the_extra_s(

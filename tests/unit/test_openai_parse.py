@@ -90,6 +90,25 @@ def test_wrong_values_name_their_field(name: str, values: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("max_tokens", 0, "must be at least 1."),
+        ("max_tokens", 10**30, "must fit in 64 bits."),
+        ("max_tokens", 1e30, "must be an integer."),
+        ("max_completion_tokens", 2**63, "must fit in 64 bits."),
+        ("top_k", -2, "must be at least -1."),
+        ("top_k", 2**63, "must fit in 64 bits."),
+        ("seed", -(2**63) - 1, "must fit in 64 bits."),
+        ("seed", 2**63, "must fit in 64 bits."),
+    ],
+)
+def test_a_number_out_of_range_is_told_the_bound_that_it_breaks(
+    name: str, value: float, says: str
+) -> None:
+    assert refused("invalid_request", name, with_options, **{name: value}).endswith(says)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("n", 2), ("best_of", 2), ("logprobs", True), ("top_logprobs", 1), ("logit_bias", {"1": 1}),

@@ -71,11 +71,8 @@ def test_the_right_caches_arrive(
     bench = Bench(sim, version, cross=SIZES)
     assert sim.one("init")["cross"] is True
     assert len(sim.trace("run")) == 0  # no probe: there are no rows in its cache
-    turns: list[Any] = []
-    for question in ((1, "what is it?"), "and what else?", (2, "and this one?")):
-        turns.append(question)
-        text, done = bench.ask(*turns)
-        turns.append(text)
+    questions = ((1, "what is it?"), "and what else?", (2, "and this one?"))
+    for order, text, done in bench.talk(*questions):
         said = models.answer(text)
         assert said["cross"] == expected(bench.pictures)
         assert said["pictures"] == "0"  # nothing is put into the prompt
@@ -86,7 +83,7 @@ def test_the_right_caches_arrive(
             bench.pictures
         )
         assert sim.one("cross")["tokens"] == folders.TOKENS * len(bench.pictures)
-        assert done.prompt == len(bench.order(turns[:-1]).tokens) == int(said["tokens"])
+        assert done.prompt == len(order.tokens) == int(said["tokens"])
     assert not sim.trace("misuse")
 
 
@@ -144,6 +141,8 @@ def test_a_picture_is_one_token_of_the_prompt(sim: Sim) -> None:
         {"encoders": {"embedding": 16}},
         {"decoder": {"prompt_cache": "You are"}},
         {"decoder": {"input": "embeddings"}},
+        {"mask": 1e300},
+        {"mask": -1e39},
     ],
 )
 def test_manifests_that_cannot_be(sim: Sim, change: Any) -> None:
@@ -151,5 +150,7 @@ def test_manifests_that_cannot_be(sim: Sim, change: Any) -> None:
     manifests.parse(json.dumps(tree).encode())
     tree["encoders"][0] |= change.get("encoders", {})
     tree["decoder"] |= change.get("decoder", {})
+    if "mask" in change:
+        tree["decoder"]["cross_attention"]["mask"] = change["mask"]
     with pytest.raises(ManifestError, match="cross_attention"):
         manifests.parse(json.dumps(tree).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from rkvlmd.engine import rkllm_log, rkllm_probe
 from rkvlmd.errors import RkvlmdError
+from rkvlmd.models import rkllm
 from rkvlmd.wire import child
 from tests.npusim import compiler, folders, models
 from tests.npusim.bench import Bench
@@ -32,6 +34,7 @@ SWITCHES = [
     {"NPUSIM_FINISH_AFTER_ABORT": "no"},
     {"NPUSIM_KV_SIZE": "zero"},
     {"NPUSIM_KV_SIZE": "prompt"},
+    {"NPUSIM_KV_SIZE": "refused"},
     {"NPUSIM_EOS_EVENT": "no"},
     {"NPUSIM_KEEP_SYSTEM": "yes"},
     {"NPUSIM_IDLE_ABORT": "sticks"},
@@ -360,20 +363,21 @@ def test_abort_from_another_thread(
 
 def test_abort_during_prefill_waits_for_it(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(sim, "1.3.0", vision=False)
-    use(monkeypatch, PREFILL_MS="0.5")
+    use(monkeypatch, PREFILL_MS="0.2", FAULT="wait@prefill")
 
-    def abort_soon() -> None:
-        while not bench.decoder._session._running:
-            pass
+    def abort_inside() -> None:
+        while not sim.trace("fault"):
+            time.sleep(0.001)
         bench.decoder.abort()
+        sim.go()
 
-    thread = threading.Thread(target=abort_soon)
+    thread = threading.Thread(target=abort_inside)
     thread.start()
     text, done = bench.ask("y" * 400)
     thread.join()
     assert (text, done.reason, done.completion) == ("", "aborted", 0)
     prefill = sim.one("prefill")
-    assert prefill["end"] - prefill["begin"] >= 0.5e6 * 400  # all of it
+    assert prefill["end"] - prefill["begin"] >= 0.2e6 * 400  # all of it
 
 
 @pytest.mark.parametrize("version", ALL)
@@ -471,6 +475,20 @@ def test_without_a_tokenizer(sim: Sim, monkeypatch: pytest.MonkeyPatch, size: st
     assert next(m for m in bench.said if isinstance(m, child.Prefilled)).prompt == order.count
 
 
+@pytest.mark.parametrize("tokens", [True, False], ids=["counted", "estimated"])
+def test_a_library_that_does_not_say_how_much_it_holds(
+    sim: Sim, monkeypatch: pytest.MonkeyPatch, tokens: bool
+) -> None:
+    use(monkeypatch, KV_SIZE="refused")
+    bench = Bench(sim, "1.3.0", count_tokens=tokens)
+    assert bench.ready["probe"]["kept_after_run"] == 0
+    assert bench.ready["pictures_told_apart"] is True
+    order = bench.order([(1, "a question")])
+    text, done = bench.ask((1, "a question"))
+    assert (done.reason, done.prompt) == ("stop", len(order.tokens) or order.count)
+    assert text
+
+
 # --- sampling --------------------------------------------------------------------------------
 
 OTHER = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25,
@@ -490,6 +508,29 @@ def test_sampling_of_each_request(sim: Sim, version: str) -> None:
     assert (sim.one("run")["top_k"], sim.one("run")["repeat"]) == (1, 1.0)
     bench.ask("x", temperature=1.0)
     assert sim.one("run")["top_k"] > 200_000  # off
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"top_k": 1 << 31}, {"top_k": (1 << 32) + 1}, {"top_p": 1e-300}, {"temperature": 1e-300},
+     {"repetition_penalty": 1e-300}, {"presence_penalty": 1e-300}, {"max_tokens": 1 << 40}],
+    ids=str,
+)  # fmt: skip
+def test_numbers_beyond_32_bits(sim: Sim, asked: dict[str, Any]) -> None:
+    bench = Bench(sim, "1.3.1", vision=False)
+    _, done = bench.ask("x", **({"temperature": 1.0} | asked))
+    assert done.reason == "stop"
+    run = sim.one("run")
+    greedy = asked.get("temperature", 1.0) < 0.5
+    assert run["top_k"] == (1 if greedy else rkllm.ALL_TOKENS)
+    assert min(run["temperature"], run["top_p"], run["repeat"]) > 0
+    assert 1 <= run["max_new"] <= bench.manifest.decoder.context
+    Bench.close_all()
+    defaults = {"temperature": 1.0} | {k: v for k, v in asked.items() if k != "max_tokens"}
+    Bench(sim, "1.2.3", name="old", vision=False, defaults=defaults)
+    start = sim.one("init")
+    assert start["top_k"] == (1 if greedy else rkllm.ALL_TOKENS)
+    assert min(start["temperature"], start["repeat"]) > 0
 
 
 @pytest.mark.parametrize("version", ["1.2.1", "1.2.3"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +15,13 @@ from rkvlmd.errors import RkvlmdError
 from rkvlmd.wire import child
 from tests.npusim import folders, models
 from tests.npusim.fixture import PYTHON, Sim
+from tests.npusim.house import plug_in
 
 
 @pytest.fixture
 def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sim]:
-    made = Sim(tmp_path)
-    for name in list(os.environ):
-        if name.startswith("NPUSIM_"):
-            monkeypatch.delenv(name)
-    for name, value in made.environ.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(str(PYTHON))
-    yield made
+    yield plug_in(tmp_path, monkeypatch)
     for name in [n for n in sys.modules if n.partition(".")[0] == "rknnlite"]:
         del sys.modules[name]
     sys.modules.pop("rkvlmd.engine.rknn_encoder", None)

@@ -251,14 +251,10 @@ def test_tokens_in_the_place_of_text(
     # Whether the library knows special strings in a raw prompt is of no matter then.
     monkeypatch.setenv("NPUSIM_SPECIALS", specials)
     bench = Bench(sim, version, vision=False, decoder={"input": "tokens"})
-    turns: list[Any] = ["how are <|im_end|> you?"]
-    for _ in range(3):
-        order = bench.order(turns)
-        text, done = bench.ask(*turns)
+    for order, text, done in bench.talk("how are <|im_end|> you?", "and now?", "and now?"):
         run = sim.one("run")
         assert (run["kind"], run["token_ids"]) == ("token", len(order.tokens))
         assert models.answer(text)["tokens"] == str(len(order.tokens)) == str(done.prompt)
-        turns += [text, "and now?"]
     # A follow-up computes what is new, as with text.
     assert done.cached is not None
     assert done.cached > len(order.tokens) // 2
@@ -270,6 +266,9 @@ def test_tokens_in_the_place_of_text(
         assert sim.one("prefill")["computed"] == 0
     with pytest.raises(RkvlmdError, match="has no tokens"):
         bench.ask("x", tokens=[])
+    for token in (-1, 1 << 31, (1 << 32) + 5):
+        with pytest.raises(RkvlmdError, match="a token that the model lacks"):
+            bench.ask("x", tokens=[5, token])
     assert bench.ask("x")[1].reason == "stop"
     assert not sim.trace("misuse")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from rkvlmd.engine import render, rkllm_defects, rkllm_sampling
+from rkvlmd.engine import render, rkllm_defects, rkllm_sampling, sampling
+from rkvlmd.engine import rkllm_types as types
 from rkvlmd.engine.rkllm_record import Record, differs_at_picture, parts
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import estimate, manifest, prompt, rkllm
@@ -222,7 +224,53 @@ def test_greedy_is_one_choice() -> None:
     assert (first.top_k, first.top_p, first.temperature) == (1, 1.0, 1.0)
     assert first == rkllm_sampling.convert(order())
     warm = rkllm_sampling.convert(order(temperature=0.5))
-    assert (warm.top_k, warm.temperature) == (rkllm_sampling.ALL_TOKENS, 0.5)
+    assert (warm.top_k, warm.temperature) == (rkllm.ALL_TOKENS, 0.5)
+
+
+#: What the HTTP interface lets through, and the library's fields, of 32 bits, cannot hold.
+BEYOND_32_BITS = [
+    ({"top_k": (1 << 31) - 1}, "top_k", rkllm.ALL_TOKENS),
+    ({"top_k": 1 << 31}, "top_k", rkllm.ALL_TOKENS),
+    ({"top_k": (1 << 32) + 1}, "top_k", rkllm.ALL_TOKENS),
+    ({"top_k": (1 << 63) - 1}, "top_k", rkllm.ALL_TOKENS),
+    ({"top_k": -5}, "top_k", rkllm.ALL_TOKENS),
+    ({"top_p": 1e-300}, "top_p", rkllm.LEAST),
+    ({"repetition_penalty": 1e-300}, "repeat_penalty", rkllm.LEAST),
+    ({"frequency_penalty": 1e-300}, "frequency_penalty", 0.0),
+    ({"presence_penalty": -1e-300}, "presence_penalty", 0.0),
+]
+
+
+@pytest.mark.parametrize(("asked", "field", "value"), BEYOND_32_BITS, ids=str)
+def test_numbers_fit_the_fields_of_the_library(
+    asked: dict[str, Any], field: str, value: float
+) -> None:
+    terms = types.SamplingParam()
+    made = asdict(rkllm_sampling.convert(order(temperature=1.0, **asked)))
+    for name in made:
+        setattr(terms, name, made[name])
+    assert getattr(terms, field) == pytest.approx(value, rel=1e-6)
+    assert 0 < terms.top_k <= rkllm.ALL_TOKENS
+    assert min(terms.top_p, terms.temperature, terms.repeat_penalty) > 0
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-50, 9e-5])
+def test_a_temperature_that_is_nearly_none_is_greedy(temperature: float) -> None:
+    assert rkllm_sampling.convert(order(temperature=temperature)) == rkllm_sampling.convert(order())
+    defaults = manifest.Defaults()
+    assert rkllm.differences(order(temperature=temperature, top_k=5), defaults) == []
+    assert rkllm.differences(order(), manifest.Defaults(temperature=temperature)) == []
+    # One bound for all engines.
+    assert (rkllm.GREEDY_BELOW, rkllm.LEAST) == (sampling.GREEDY_BELOW, sampling.LEAST)
+
+
+def test_numbers_that_become_the_same_do_not_differ() -> None:
+    warm = manifest.Defaults(temperature=0.5)
+    for same in ({"top_k": 1 << 40}, {"frequency_penalty": 1e-300}, {"presence_penalty": 1e-300}):
+        assert rkllm.differences(order(temperature=0.5, **same), warm) == []
+    tiny = manifest.Defaults(temperature=0.5, top_p=1e-300, repetition_penalty=1e-300)
+    low = order(temperature=0.5, top_p=1e-200, repetition_penalty=1e-200)
+    assert rkllm.differences(low, tiny) == []
 
 
 def test_differences() -> None:
@@ -245,6 +293,7 @@ def test_parameters_without_effect(folder: Path) -> None:
     assert names(order()) == []
     assert names(order(temperature=1.0, min_p=0.5), 7) == ["seed", "min_p"]
     assert names(order(min_p=0.5)) == []  # greedy
+    assert names(order(min_p=0.5, temperature=1e-300)) == []  # greedy, too
     assert names(order(temperature=1.0), sampling_per_request=False) == ["temperature"]
     assert names(order(temperature=1.0), sampling_per_request=True) == []
     tree["decoder"]["runtime_versions"] = ["1.2.3"]
@@ -275,6 +324,8 @@ def test_every_defect_has_a_source_and_a_version_that_exists() -> None:
     assert "one_model" in rkllm_defects.met("1.2.1", "smolvlm")
 
 
+ADAPTER = {"name": "a", "file": "a.rkllm", "sha256": "0" * 64}
+
 # --- manifests -------------------------------------------------------------------------------
 
 
@@ -282,10 +333,33 @@ def test_every_defect_has_a_source_and_a_version_that_exists() -> None:
     ("decoder", "says"),
     [({"cpu_mask": 3}, "decoder.cpu_mask: has 2 CPUs, but decoder.npu_cores is 3"),
      ({"iommu_domain": 16}, "decoder.iommu_domain: must be at most 15"),
-     ({"context": 32768}, "decoder.context: must be at most 16384 for rkllm")],
+     ({"context": 32768}, "decoder.context: must be at most 16384 for rkllm"),
+     # These would reach the library as other numbers: its fields have 32 bits.
+     ({"cpu_mask": (1 << 40) + 0xF0}, "decoder.cpu_mask: must be at most 0xff, one bit a CPU"),
+     ({"n_keep": (1 << 40) + 7}, "decoder.n_keep: must be from -1 to decoder.context"),
+     ({"n_keep": -2}, "decoder.n_keep: must be from -1 to decoder.context"),
+     ({"adapters": [{**ADAPTER, "scale": 1e300}]}, "decoder.adapters[0].scale: must be from"
+      " -1000 to 1000, and not nearer to 0 than 1e-06 unless it is 0"),
+     ({"adapters": [{**ADAPTER, "scale": 1e-300}]}, "decoder.adapters[0].scale: must be from"
+      " -1000 to 1000, and not nearer to 0 than 1e-06 unless it is 0"),
+     ({"prompt_cache": "a <image> b"}, "decoder.prompt_cache: must not hold <image>, which"
+      " librkllmrt takes for a picture or sound")],
 )  # fmt: skip
 def test_manifests_that_cannot_be(folder: Path, decoder: dict[str, Any], says: str) -> None:
     tree = folders.manifest(folder, decoder=decoder)
+    with pytest.raises(manifest.ManifestError) as caught:
+        manifest.parse(json.dumps(tree).encode())
+    assert caught.value.problems == [says]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "says"),
+    [({"width": 1 << 40}, "encoders[0].width, .height: must be at most 16384 pixels"),
+     ({"core_mask": 1 << 40}, "encoders[0].core_mask: must be at most 0xffff")],
+)  # fmt: skip
+def test_encoders_that_cannot_be(folder: Path, encoder: dict[str, Any], says: str) -> None:
+    tree = folders.manifest(folder)
+    tree["encoders"][0] |= encoder
     with pytest.raises(manifest.ManifestError) as caught:
         manifest.parse(json.dumps(tree).encode())
     assert caught.value.problems == [says]

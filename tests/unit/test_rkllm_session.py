@@ -32,6 +32,7 @@ from rkvlmd.engine.rkllm_types import Mode, State
 from rkvlmd.errors import RkvlmdError
 from tests.npusim import broken, compiler, models
 from tests.npusim.fixture import Sim
+from tests.npusim.house import plug_in
 
 pytestmark = pytest.mark.process
 
@@ -43,13 +44,7 @@ GREEDY = Sampling(1, 1.0, 1.0, 1.0, 0.0, 0.0)
 
 @pytest.fixture
 def sim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sim:
-    made = Sim(tmp_path)
-    for name in list(os.environ):
-        if name.startswith("NPUSIM_"):
-            monkeypatch.delenv(name)
-    for name, value in made.environ.items():
-        monkeypatch.setenv(name, value)
-    return made
+    return plug_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture(params=VERSIONS)
@@ -478,7 +473,7 @@ def test_the_asynchronous_run(sim: Sim, version: str) -> None:
     value = inputs.prompt_input(session.library.layout, b"x")
     infer = infer_param(session.library)
     assert session.run_async(value, infer, sink) == 0
-    assert done.wait(20)
+    assert done.wait(60)
     assert seen.threads != {threading.get_ident()}
     session.close()  # waits for the library's thread
     assert seen.said["pictures"] == "0"
@@ -591,13 +586,12 @@ WRONG = [
 @pytest.mark.parametrize(("name", "version"), WRONG)
 def test_a_wrong_caller_is_told(tmp_path: Path, name: str, version: str) -> None:
     made = Sim(tmp_path)
-    slow = {"NPUSIM_PREFILL_MS": "0.5"} if name == "rows_that_change_during_the_run" else {}
     model = models.rkllm(
         tmp_path / "m.rkllm", embed=broken.EMBED, outputs=broken.OUTPUTS, merge=32, signed_rows=True
     )
     done = subprocess.run(
         [sys.executable, "-m", "tests.npusim.broken", name, compiler.library(version), model],
-        env={**os.environ, **made.environ, **slow}, capture_output=True, text=True, timeout=60,
+        env={**os.environ, **made.environ}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     section = (broken.CALLERS | broken.CROSSING | broken.SETUPS).get(name, ("2.1", None))[0]
     said = made.one("misuse")["section"]

@@ -72,6 +72,18 @@ def test_repetition_penalty_counts_prompt_and_answer_as_transformers_does() -> N
     assert out.tolist() == [1, -4, 4]
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40])
+def test_a_penalty_of_nearly_nothing_leaves_numbers(penalty: float) -> None:
+    seen = [1, 2]
+    values = logits(30.0, 1.0, 2.0, -4.0)
+    for temperature in (0.0, 1.0):
+        asked = Generate(
+            id=1, tokens=seen, max_tokens=9, repetition_penalty=penalty, temperature=temperature
+        )
+        sampler = sampling.Sampler(asked, seen)
+        assert [sampler.pick(values) for _ in range(4)] == [2] * 4
+
+
 def test_frequency_and_presence_count_the_answer_alone() -> None:
     out = sampling.penalise(
         logits(2, 2, 2), {0, 1, 2}, {1: 3, 2: 1}, repetition=1.0, frequency=0.5, presence=0.25

@@ -14,7 +14,7 @@ from PIL import Image
 from rkvlmd.engine import memfd, video_order
 from rkvlmd.errors import RkvlmdError
 from rkvlmd.models import manifest as manifests
-from rkvlmd.wire import child
+from rkvlmd.wire import child, frames
 from tests.fakes import models, videos
 
 #: 16 tokens a picture.
@@ -65,7 +65,8 @@ def test_no_more_frames_than_tokens_are_left_for(tokens: int, frames: int) -> No
     assert found.frames == len(files) == frames
 
 
-def test_never_more_than_one_message_carries() -> None:
+def test_never_more_than_one_message_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "MAX_FDS", 64)
     found, _ = done(order(max_frames=500, max_tokens=1 << 20), videos.gif(80))
     assert found.frames == 64
 

@@ -7,6 +7,7 @@ from tools.promises.change import Break
 _QUEUE = "tests/actors/test_queue.py"
 _POLICY = "tests/actors/test_policy.py"
 _CACHES = "tests/actors/test_caches.py"
+_RELAY = "tests/actors/test_relay.py"
 _HTTP = "tests/e2e/test_http_bodies.py tests/e2e/test_http_chat.py"
 
 ADMISSION = (
@@ -63,7 +64,7 @@ ADMISSION = (
     ),
     Break(
         "embeddings of one request have a ceiling",
-        "actors/prepare.py",
+        "actors/checks.py",
         "    if size > most:",
         "    if False:",
         _CACHES,
@@ -203,5 +204,40 @@ ORDER = (
         "        if self._batch and is_client(client, self._batch):\n            return BATCH\n",
         "",
         "tests/unit/test_urgency.py",
+    ),
+    Break(
+        "the NPU is free before the next one has it",
+        "actors/lease.py",
+        "            if grip.begun is not None:\n                await grip.begun.settle()\n",
+        "            pass\n",
+        _RELAY,
+    ),
+    Break(
+        "an order that nobody awaits is not sent",
+        "actors/relay.py",
+        "not (self.sent or self._job.scope.cancel_called)",
+        "not self.sent",
+        _RELAY,
+    ),
+    Break(
+        "the next encode waits for no task",
+        "actors/pipeline.py",
+        "        grip.release()\n",
+        "        pass\n",
+        _RELAY,
+    ),
+    Break(
+        "the lease waits for nobody's pictures",
+        "actors/relay.py",
+        " or not tools.prep.idle:",
+        ":",
+        _RELAY,
+    ),
+    Break(
+        "a prompt that may be too long gets no encode",
+        "actors/relay.py",
+        "tokens >= entry.manifest.decoder.context",
+        "False",
+        _RELAY,
     ),
 )

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _BUG = "The server met an error of its own; its log says more."
 _LOOK = frozenset({"GET", "HEAD"})
+#: How long ``/metrics`` waits for what the board says of itself, seconds.
+BOARD_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class HttpApp:
         self.unknown = UnknownFields()
         self._house = house
         self._guard = guard
+        self._board = trio.CapacityLimiter(1)
         ready = Route(_LOOK, self._ready, public=True)
         self._routes = {
             "/livez": Route(_LOOK, self._live, public=True),
@@ -150,10 +153,22 @@ class HttpApp:
 
     async def _metrics(self, exchange: Exchange) -> None:
         house = self._house
-        # Some sensors answer slowly, so their files are not read on the loop.
-        board = await trio.to_thread.run_sync(gauges.read, house.board, house.settings.npu.soc)
+        board = await self.look_at_board()
         text = metrics.render(house, self.unknown.total, board)
         await exchange.respond(200, text, [(b"content-type", metrics.CONTENT_TYPE)])
+
+    async def look_at_board(self) -> gauges.Gauges:
+        """Return what the board says of itself, nothing when that takes too long.
+
+        Some sensors answer slowly, so their files are not read on the loop; one
+        whose driver hangs keeps one thread, and no other.
+        """
+        with trio.move_on_after(BOARD_SECONDS):
+            return await trio.to_thread.run_sync(
+                gauges.read, self._house.board, self._house.settings.npu.soc,
+                abandon_on_cancel=True, limiter=self._board,
+            )  # fmt: skip
+        return gauges.Gauges()
 
     async def _live(self, exchange: Exchange) -> None:
         await _json(exchange, 200, {"status": "ok"})

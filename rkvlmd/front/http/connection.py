@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Awaitable, Callable
 
 import h11
 import trio
 from hypercorn.config import Config
-from hypercorn.events import RawData
+from hypercorn.events import Closed, RawData
 from hypercorn.protocol.events import Body, Event, Response
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
@@ -18,6 +19,9 @@ from rkvlmd.settings import HttpSettings
 from rkvlmd.wire.openai_answer import error_body
 
 log = logging.getLogger(__name__)
+
+#: Most bytes of one read.
+_READ = 65536
 
 
 def server_config(http: HttpSettings) -> Config:
@@ -37,10 +41,74 @@ def server_config(http: HttpSettings) -> Config:
     return config
 
 
+class _PeerLeftError(Exception):
+    """The peer closed while its next request, or a line end too many, waited for its answer."""
+
+
+class _Turn:
+    """An event for the wait until an answer is done; it also ends when the peer leaves.
+
+    The library reads no further while bytes after a request wait, so it would
+    not see that: the job of a client that has gone would run to its end.
+    """
+
+    def __init__(self, gone: Callable[[], Awaitable[None]]) -> None:
+        self._gone = gone
+        self._event = trio.Event()
+
+    def forget(self) -> None:
+        """Nobody will wait any more; what would be told of the peer is let go."""
+        self._gone = trio.sleep_forever
+
+    async def clear(self) -> None:
+        self._event = trio.Event()
+
+    async def set(self) -> None:
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    async def wait(self) -> None:
+        """Wait for ``set``.
+
+        Raises:
+          _PeerLeftError: the peer left before.
+
+        """
+        left = False
+        async with trio.open_nursery() as nursery:
+
+            async def look() -> None:
+                nonlocal left
+                await self._gone()
+                left = True
+                nursery.cancel_scope.cancel(reason="the peer has left")
+
+            nursery.start_soon(look)
+            await self._event.wait()
+            nursery.cancel_scope.cancel(reason="the answer is done")
+        if left and not self._event.is_set():
+            raise _PeerLeftError
+
+
 class PlainHttp(H11Protocol):
     """HTTP/1.1 alone, with parser errors in the shape of the API."""
 
     _chunked = False
+
+    def wait_with(self, receive: Callable[[], Awaitable[bytes]]) -> _Turn:
+        """While requests that were sent ahead wait, ``receive`` gives more, and the end."""
+
+        async def gone() -> None:
+            while len(self.connection.trailing_data[0]) < self.config.h11_max_incomplete_size:
+                if not (data := await receive()):
+                    return
+                self.connection.receive_data(data)
+            await trio.sleep_forever()
+
+        self.can_read = turn = _Turn(gone)
+        return turn
 
     async def stream_send(self, event: Event) -> None:
         """Send a piece of an answer; a chunk is framed here, in one step instead of twenty."""
@@ -107,7 +175,12 @@ class Connection(TCPServer):
     async def run(self) -> None:
         """Serve the connection to its end."""
         self.send_lock = _SendLock()
-        await super().run()
+        try:
+            await super().run()
+        finally:
+            # Parser and connection know each other: thirty objects, some kilobytes, that would wait
+            # until the collector comes for the oldest, which may be an hour.
+            vars(self).pop("protocol", None)
 
     async def _read_data(self) -> None:
         # the last moment before the first byte
@@ -123,4 +196,17 @@ class Connection(TCPServer):
             wrapper.server,
             wrapper.send,
         )
-        await super()._read_data()
+        turn = wrapper.protocol.wait_with(self._more)
+        try:
+            await super()._read_data()
+        except _PeerLeftError:
+            await wrapper.handle(Closed())
+        finally:
+            turn.forget()
+
+    async def _more(self) -> bytes:
+        """Read; what cannot be read is an end."""
+        try:
+            return bytes(await self.stream.receive_some(_READ))
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            return b""

@@ -200,7 +200,8 @@ EXPORT int rkllm_load_lora(LLMHandle handle, RKLLMLoraAdapter *adapter) {
 
 EXPORT int rkllm_load_prompt_cache(LLMHandle handle, const char *path) {
     std::string file = text_at(path, "prompt cache path");
-    int rc = idle(handle, "rkllm_load_prompt_cache").session.load_cache(file);
+    Session &session = idle(handle, "rkllm_load_prompt_cache").session;
+    int rc = fault("restore").empty() ? session.load_cache(file) : -1;
     trace("load_cache", {{"path", file}, {"rc", rc}});
     return rc;
 }
@@ -229,6 +230,8 @@ EXPORT int rkllm_clear_kv_cache(LLMHandle handle, int keep_system_prompt, int *s
 
 EXPORT int rkllm_get_kv_cache_size(LLMHandle handle, int *cache_sizes) {
     Session &session = idle(handle, "rkllm_get_kv_cache_size").session;
+    // Fact 2.4g: open, so a library may say nothing at all.
+    if (is("NPUSIM_KV_SIZE", "refused", "whole")) return -1;
     copied(cache_sizes, session.cache.size() * sizeof(int), sizeof(int), "cache_sizes");
     for (size_t lane = 0; lane < session.cache.size(); lane++)
         cache_sizes[lane] = session.size_reported(lane);

@@ -2,8 +2,9 @@
 //
 // NPUSIM_FAULT is a list of KIND@PLACE[:after=TOKENS][:times=N][:every=N][:skip=N], separated by
 // ";".
-// Places: init, prefill, decode (here), load, encode (the encoder stand-in). Kinds: segv, bus,
-// ill, abrt, hang, and what the place itself does with any other word: fail, error, oom, zero, platform, empty.
+// Places: init, restore, prefill, decode (here), load, encode (the encoder stand-in). Kinds: segv, bus,
+// ill, abrt, hang, wait (until the file NPUSIM_GO is there), and what the place itself does with any
+// other word: fail, error, oom, zero, platform, empty.
 // NPUSIM_FAULT_FILE names a file that counts how often each place was reached and each fault was
 // done, so that "times" and "every" hold over processes; without it each process counts for
 // itself. "every=10" strikes at every tenth visit of the place, "skip=1" not at the first.
@@ -55,6 +56,11 @@ long option(const std::string &entry, const std::string &name, long otherwise) {
     while (true) pause();
 }
 
+void wait() {
+    std::string path = setting("NPUSIM_GO", "");
+    while (access(path.c_str(), F_OK) != 0) usleep(500);
+}
+
 }  // namespace
 
 std::string fault(const std::string &place, long tokens) {
@@ -83,6 +89,10 @@ std::string fault(const std::string &place, long tokens) {
         if (kind == "ill") die(SIGILL);
         if (kind == "abrt") die(SIGABRT);
         if (kind == "hang") hang();
+        if (kind == "wait") {
+            wait();
+            continue;
+        }
         return kind;
     }
     return "";

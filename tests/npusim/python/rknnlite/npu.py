@@ -146,6 +146,10 @@ def fault(place: str) -> str:
         if kind == "hang":
             while True:
                 time.sleep(1000)
+        if kind == "wait":
+            while not os.path.exists(setting("NPUSIM_GO", "")):
+                time.sleep(0.0005)
+            continue
         return kind
     return ""
 
