@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rkvlmd.actors.lease import Grip, Lease
     from rkvlmd.actors.loading import Loaded
     from rkvlmd.actors.prep import Prep
-    from rkvlmd.actors.prepare import View
+    from rkvlmd.actors.prepare import Picture, View
     from rkvlmd.actors.residency import Residency
     from rkvlmd.actors.slots import Slot
     from rkvlmd.models.catalog import Entry
@@ -77,39 +77,51 @@ async def run(job: Job, slot: Slot, tools: Tools) -> EndReason:
         crash_key = content_key(job.request.turns, (p.sha256 for p in pictures))
         tools.crashes.check(crash_key)
         checks.check_rows(entry, pictures, tools.settings.queue.max_embedding_bytes)
-        views = {view.key: view for picture in pictures for view in picture.views}
-        stack.enter_context(tools.cache.wanted(views))
+        keys = dict.fromkeys(view.key for picture in pictures for view in picture.views)
+        stack.enter_context(tools.cache.wanted(keys))
         # The lease may be had, and the first encode be under way, before there is a prompt.
         early = relay.early(job, entry, pictures, tools)
         try:
-            prompt = await prepare.prompt(job, entry, tools, pictures)
-            limit = job.max_tokens = checks.limit(job, entry, tools.settings)
-            order = prepare.order(job, entry, prompt, pictures, limit)
-        except BaseException:
+            reason = await _answer(job, entry, tools, pictures, early, crash_key)
+        finally:
             if early is not None:
                 await tools.lease.end(early)
-            raise
-        info = tools.residency.decoder_info(job.model)
-        job.ignored += tuple(rkllm.without_effect(entry.manifest, order, order.seed, info))
-        job.phase = "waiting"
-        job.checked.set()
-        queued = trio.current_time()
-        kept = [v for v in views.values() if tools.cache.keeps(checks.row_bytes(entry, v))]
-        ahead = partial(_ahead, job, kept, tools, set()) if kept else None
-        needed = ready.needed(prompt, pictures)
-        names, first = _names(order), relay.first(job, needed, tools)
-        async with tools.lease.hold(
-            job.client, job.model, job.rank, names, ahead, first, early
-        ) as grip:
-            job.spent("queue", queued)
-            job.leased = trio.current_time()
-            try:
-                reason = await _with_lease(job, entry, tools, needed, order, grip, crash_key)
-            finally:
-                if not grip.released:
-                    tools.residency.used(job.model, job.request.keep_alive)
         await _after_lease(job)
         return reason
+
+
+async def _answer(
+    job: Job,
+    entry: Entry,
+    tools: Tools,
+    pictures: list[Picture],
+    early: Grip | None,
+    crash_key: str,
+) -> EndReason:
+    """Render the prompt, wait for the lease unless there is one, use it."""
+    prompt = await prepare.prompt(job, entry, tools, pictures)
+    limit = job.max_tokens = checks.limit(job, entry, tools.settings)
+    order = prepare.order(job, entry, prompt, pictures, limit)
+    info = tools.residency.decoder_info(job.model)
+    job.ignored += tuple(rkllm.without_effect(entry.manifest, order, order.seed, info))
+    job.phase = "waiting"
+    job.checked.set()
+    queued = trio.current_time()
+    views = {view.key: view for picture in pictures for view in picture.views}.values()
+    kept = [view for view in views if tools.cache.keeps(checks.row_bytes(entry, view))]
+    ahead = partial(_ahead, job, kept, tools, set()) if kept else None
+    needed = ready.needed(prompt, pictures)
+    names, first = _names(order), relay.first(job, needed, tools)
+    async with tools.lease.hold(
+        job.client, job.model, job.rank, names, ahead, first, early
+    ) as grip:
+        job.spent("queue", queued)
+        job.leased = trio.current_time()
+        try:
+            return await _with_lease(job, entry, tools, needed, order, grip, crash_key)
+        finally:
+            if not grip.released:
+                tools.residency.used(job.model, job.request.keep_alive)
 
 
 def _names(order: wire.Generate) -> prefix.Chain:

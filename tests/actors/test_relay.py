@@ -262,6 +262,25 @@ def vars_of(entry: Any) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in entry.__dataclass_fields__}
 
 
+async def test_a_bug_before_the_lease_is_used_gives_it_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npu = Npu()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("nobody thought of it")
+
+    async with opened(folder, npu) as house:
+        monkeypatch.setattr("rkvlmd.models.rkllm.without_effect", fail)
+        _, end = await collect(submit(house, chat("x", pictures=1)))
+        assert end.error is not None
+        assert end.error.code == "server_error"
+        await house.scheduler.wait_empty()
+        assert not house.tools.lease.held
+        monkeypatch.undo()
+        assert (await collect(submit(house, chat("x", pictures=1))))[1].reason == "stop"
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_never_two_at_work_whenever_a_job_is_abandoned(folder: Path, which: int) -> None:
     """The first of three has an idle NPU, the second is given it by the first."""
