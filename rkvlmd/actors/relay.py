@@ -65,11 +65,17 @@ class Begun:
             rows.blob.close()
 
 
+def nothing() -> None:
+    """Begin nothing: what text alone needs at first."""
+
+
 def first(job: Job, views: Sequence[View], tools: Tools) -> Callable[[], Begun | None]:
     """Return what orders the first encode of a job that is given the lease, if there is one.
 
     ``views`` are those that it needs, in order.
     """
+    if not views:
+        return nothing
 
     def begin() -> Begun | None:
         loaded = tools.residency.at_hand(job.model)

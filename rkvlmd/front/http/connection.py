@@ -52,6 +52,8 @@ class _Turn:
     not see that: the job of a client that has gone would run to its end.
     """
 
+    __slots__ = ("_event", "_gone")
+
     def __init__(self, gone: Callable[[], Awaitable[None]]) -> None:
         self._gone = gone
         self._event = trio.Event()
