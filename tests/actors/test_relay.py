@@ -37,6 +37,7 @@ class Npu:
     same: bool = False
     fail: str = ""
     render_gate: trio.Event | None = None
+    encode_gate: trio.Event | None = None
     rendering: trio.Event = field(default_factory=trio.Event)
     numbers: Any = field(default_factory=lambda: count(1))
 
@@ -77,6 +78,8 @@ class NpuChild(FakeChild):
         return super().send_now(order, fds)
 
     async def _encode(self, order: wire.Encode) -> None:
+        if self.npu.encode_gate is not None:
+            await self.npu.encode_gate.wait()
         if self.npu.fail == "encode":
             self.npu.fail = ""
             await self._answer(wire.Failed(id=order.id, code="engine_error", message="No."))
@@ -201,11 +204,12 @@ async def test_it_does_not_where_the_prompt_may_be_too_long(folder: Path) -> Non
 async def test_it_does_not_while_the_prep_child_is_busy(folder: Path) -> None:
     """The lease must not wait for the pictures of others."""
     npu = Npu(render_gate=trio.Event())
-    async with opened(folder, npu, prep={"children": 1}) as house:
+    async with opened(folder, npu, prep={"children": 2}) as house:
         first = submit(house, chat("x"))
         await npu.rendering.wait()
         second = submit(house, chat("y", pictures=1))
         await trio.testing.wait_all_tasks_blocked()
+        assert "decode_image" in second.seconds, "another child has looked at the picture"
         assert not house.tools.lease.held
         assert npu.render_gate is not None
         npu.render_gate.set()
@@ -216,7 +220,7 @@ async def test_it_does_not_while_the_prep_child_is_busy(folder: Path) -> None:
 async def test_a_prompt_that_fails_gives_the_lease_back_after_the_encode(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    npu = Npu()
+    npu = Npu(encode_gate=trio.Event())
     async with opened(folder, npu) as house:
 
         async def refuse(*_: Any) -> None:
@@ -225,13 +229,34 @@ async def test_a_prompt_that_fails_gives_the_lease_back_after_the_encode(
             raise RkvlmdError("invalid_request", "No such role.")
 
         monkeypatch.setattr("rkvlmd.actors.prepare.rendered", refuse)
-        _, end = await collect(submit(house, chat("x", pictures=1)))
+        job = submit(house, chat("x", pictures=1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert npu.working
+        assert house.tools.lease.held
+        assert npu.encode_gate is not None
+        npu.encode_gate.set()
+        _, end = await collect(job)
         assert end.error is not None
         assert end.error.code == "invalid_request"
         await house.scheduler.wait_empty()
         assert not house.tools.lease.held
         monkeypatch.undo()
         assert (await collect(submit(house, chat("x", pictures=1))))[1].reason == "stop"
+
+
+async def test_nothing_is_generated_for_one_who_left_during_the_encode(folder: Path) -> None:
+    npu = Npu(encode_gate=trio.Event())
+    async with opened(folder, npu) as house:
+        job = submit(house, chat("x", pictures=1))
+        await trio.testing.wait_all_tasks_blocked()
+        job.abandon("client_gone")
+        await trio.testing.wait_all_tasks_blocked()
+        assert house.tools.lease.held, "the NPU is still at work"
+        assert npu.encode_gate is not None
+        npu.encode_gate.set()
+        await house.scheduler.wait_empty()
+        assert not house.tools.lease.held
+    assert npu.log == ["Encode"]
 
 
 async def test_an_encode_that_fails_early_is_the_job_s_error(folder: Path) -> None:

@@ -199,9 +199,12 @@ def test_work_for_clients_that_have_left() -> None:
         *run(2, ("prefill", 7, 8)),  # had left before
         *run(3, ("prefill", 9, 10), ("decode", 10, 11)),  # stayed
         *run(4, ("prefill", 12, 13)),  # left afterwards
+        # Left in the first part of its prefill, which no abort ends.
+        *run(5, ("prefill", 30, 31), ("prefill", 31, 32), ("decode", 32, 32.25)),
     ]
-    answers = {0: answer(1.5), 1: answer(4.5), 2: answer(6.5), 3: answer(None), 4: answer(20.0)}
-    found = npu_open._overtime(events, answers)
+    gone = {0: 1.5, 1: 4.5, 2: 6.5, 3: None, 4: 20.0, 5: 30.5}
+    found = npu_open._overtime(events, {client: answer(at) for client, at in gone.items()})
     assert found == {
-        0: pytest.approx(500), 1: pytest.approx(1500), 2: pytest.approx(1500), 4: 0.0
+        0: pytest.approx(500), 1: pytest.approx(1500), 2: pytest.approx(1500), 4: 0.0,
+        5: pytest.approx(250),
     }  # fmt: skip

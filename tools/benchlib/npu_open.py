@@ -288,7 +288,9 @@ def _overtime(events: list[dict[str, Any]], answers: dict[int, Answer]) -> dict[
         # An encode in between is for whoever comes next.
         mine = [j for j in jobs if began <= j["begin"] < after[0] and j["what"] != "encode"]
         left = gone * 1e9
-        flying = [j["end"] for j in mine if j["what"] == "prefill" and j["begin"] <= left]
+        # The parts of a prefill follow each other, and no abort comes between them.
+        prefill = [j for j in mine if j["what"] == "prefill"]
+        flying = [j["end"] for j in prefill if prefill[0]["begin"] <= left]
         since = max(left, *flying, 0)
         late = [j["end"] - since for j in mine if j["end"] > since]
         found[client] = max(late, default=0.0) / 1e6
