@@ -139,6 +139,7 @@ class Child:
         try:
             how = await self._from_start_to_end(task_status)
         finally:
+            self._process = None
             if self._channel is not None:
                 self._channel.close()
             self.due = self.beat_at = math.inf
@@ -319,9 +320,10 @@ class Child:
 
     async def _keep_tail(self, process: trio.Process) -> None:
         assert process.stdout is not None
-        async for chunk in process.stdout:
-            self._tail += chunk
-            del self._tail[:-TAIL_BYTES]
+        async with process.stdout:
+            async for chunk in process.stdout:
+                self._tail += chunk
+                del self._tail[:-TAIL_BYTES]
         self._output_ended.set()
 
     async def _leave_or_die(self, process: trio.Process) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -102,6 +103,7 @@ async def test_descriptors_that_come_as_a_child_is_killed_are_closed() -> None:
             return wire.EncodeDone(id=1, rows=rows, seconds=0.0), [os.dup(self.fd)]
 
     child = make()
+    gc.collect()  # what other tests have left is not counted
     before = len(os.listdir("/proc/self/fd"))
     with await from_bytes(b"rows") as blob:
         child.hello = wire.Hello(pid=1, role="encoder")
@@ -111,4 +113,4 @@ async def test_descriptors_that_come_as_a_child_is_killed_are_closed() -> None:
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         child._drop_inbox()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -141,7 +141,7 @@ def fault(place: str) -> str:
             continue
         trace("fault", kind=kind, place=place)
         if number := SIGNALS.get(kind):
-            signal.signal(number, signal.SIG_DFL)
+            # As it is: this is no main thread, which alone may change it.
             os.kill(os.getpid(), number)
         if kind == "hang":
             while True:
