@@ -86,7 +86,7 @@ def test_cut_anywhere(sent: list[tuple[int, list[tuple[float, bool]]]]) -> None:
             ]
             assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in fds)
             close_all(fds)
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def test_end_of_file(pair: tuple[socket.socket, Channel]) -> None:
@@ -108,7 +108,7 @@ def test_descriptors_of_a_frame_that_never_comes_are_closed() -> None:
     assert channel.receive() == []
     ours.close()
     channel.close()
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def test_a_frame_without_its_descriptors(pair: tuple[socket.socket, Channel]) -> None:

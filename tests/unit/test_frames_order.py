@@ -49,7 +49,7 @@ def work(role: Any, asked: Any, *files: bytes) -> tuple[Any, list[Any]]:
     finally:
         for fd in fds:
             os.close(fd)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     ((message, read),) = heard
     return message, read
 
