@@ -22,8 +22,8 @@ ADMISSION = (
         "a slot is taken before the body is read",
         "front/http/intake.py",
         "    slot = house.scheduler.reserve(exchange.client, size)\n    try:\n"
-        "        body = await _body(exchange, deadline)\n",
-        "    body = await _body(exchange, deadline)\n"
+        "        pieces = await _body(exchange, deadline)\n",
+        "    pieces = await _body(exchange, deadline)\n"
         "    slot = house.scheduler.reserve(exchange.client, size)\n    try:\n",
         _HTTP,
     ),

@@ -70,8 +70,8 @@ class Exchange:
         self.content_length = int(length) if length is not None else None
         self._unread = bool(self.content_length) or b"transfer-encoding" in self.headers
 
-    async def read_body(self) -> bytes:
-        """Read the body.
+    async def read_body(self) -> list[bytes]:
+        """Read the body; return its pieces.
 
         Raises:
           ClientGoneError: the client left.
@@ -91,7 +91,7 @@ class Exchange:
                 if size > most:
                     raise _too_large(most)
                 pieces.append(piece)
-            return b"".join(pieces)
+            return pieces
         raise RkvlmdError("request_timeout", "The request body did not arrive in time.")
 
     async def _next_piece(self) -> bytes:

@@ -75,16 +75,20 @@ async def take(
     size = most if exchange.content_length is None else min(exchange.content_length, most)
     slot = house.scheduler.reserve(exchange.client, size)
     try:
-        body = await _body(exchange, deadline)
-        slot.resize(len(body))
-        if len(body) > _LARGE:
+        pieces = await _body(exchange, deadline)
+        size = sum(map(len, pieces))
+        slot.resize(size)
+        if size > _LARGE:
             async with _parsing:
-                # Those who held the lock before have done their work in other turns of the loop.
+                # Those who held the lock before have done their work in other turns of the loop;
+                # to put a body together takes as long as to parse it where memory is slow to come.
                 await trio.lowlevel.checkpoint()
-                request = parse(body, house.settings)
+                pieces = [b"".join(pieces)]
+                await trio.lowlevel.checkpoint()
+                request = parse(pieces.pop(), house.settings)
         else:
-            request = parse(body, house.settings)
-        del body
+            request = parse(b"".join(pieces), house.settings)
+        del pieces
         request = _resolve_default(request, house)
         request = _hurry(request, asked, deadline - trio.current_time())
         unknown.add(request.unknown)
@@ -94,7 +98,7 @@ async def take(
         slot.release()
 
 
-async def _body(exchange: Exchange, deadline: float) -> bytes:
+async def _body(exchange: Exchange, deadline: float) -> list[bytes]:
     with trio.CancelScope(deadline=deadline):
         return await exchange.read_body()
     raise _late()
