@@ -22,7 +22,7 @@ from rkvlmd.wire import child as wire
 from tests.fakes.children import FakeChild, FakeLoader
 from tests.fakes.parts import house_of
 from tests.fakes.scripted import chat, collect, make_model, settings_for, submit
-from tests.fakes.torture import AbandonAtStep
+from tests.fakes.torture import AbandonAtStep, abandon_everywhere
 
 CONTEXT = 4096
 
@@ -324,9 +324,4 @@ def test_never_two_at_work_whenever_a_job_is_abandoned(folder: Path, which: int)
             assert house.residency.model("a").state is ModelState.READY
             assert not any(house.tools.residency.restarts.values())
 
-    for k in range(1, 1000):
-        instrument = AbandonAtStep(k)
-        trio.run(scenario, instrument, instruments=[instrument])
-        if instrument.too_late:
-            break
-    assert 20 < k < 999
+    assert 20 < abandon_everywhere(scenario) < 999

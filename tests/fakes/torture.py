@@ -88,3 +88,13 @@ class AbandonAtStep(trio.abc.Instrument):
         if self._steps == self._k:
             self.too_late = self.job.outbox.end is not None
             self.job.abandon("client_gone")
+
+
+def abandon_everywhere(scenario: Callable[[AbandonAtStep], Awaitable[None]]) -> int:
+    """Run a scenario with its job abandoned at each step in turn; return how many it had."""
+    for k in range(1, 1000):
+        instrument = AbandonAtStep(k)
+        trio.run(scenario, instrument, instruments=[instrument])
+        if instrument.too_late:
+            break
+    return k
